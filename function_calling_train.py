@@ -1,0 +1,750 @@
+"""Fine-tune Gemma 3 to call functions, with LoRA, on the splits of step 1 (step 2 of 3).
+
+    python function_calling_train.py                                      # gemma-3-1b-it, the published recipe
+    python function_calling_train.py --model google/gemma-3-270m-it
+    torchrun --nproc_per_node 2 function_calling_train.py                 # two GPUs, the same losses
+
+Reads processed_data/function_calling_train.jsonl and writes the folder LoRA_<model name>-function_calling/, which holds
+all that is needed beside the base model: the adapter, the tokenizer with its chat template, a generation_config.json
+that knows where a turn ends, training_run.json and loss.png. Checkpoints lie in a folder of their own beside it; --resume
+goes on from the last of them.
+"""
+
+import argparse
+import contextlib
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import logging
+import math
+import os
+import re
+import shutil
+import sys
+import tempfile
+import time
+import warnings
+from pathlib import Path
+
+DEFAULT_MODEL = "google/gemma-3-1b-it"
+DEFAULT_TRAIN_FILE = Path("processed_data/function_calling_train.jsonl")
+
+# The tags of the data. Each takes over one of the unused slots of Gemma's vocabulary and so becomes a single token.
+TAGS = [
+    "<tools>",
+    "</tools>",
+    "<think>",
+    "</think>",
+    "<tool_call>",
+    "</tool_call>",
+    "<tool_response>",
+    "</tool_response>",
+]
+LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+VALIDATIONS_PER_RUN = 4  # each costs one pass over the validation split and leaves a checkpoint
+
+# Gemma's turns; a tool's result stands in a user turn. Control tokens written out in a message get a space before their
+# ">", so that no text can forge a turn. The "generation" block marks what the model says: the only part that is trained.
+CHAT_TEMPLATE = """\
+{%- macro plain(text) -%}
+    {%- set result = namespace(text=text | trim) -%}
+    {%- for mark in ['<bos>', '<eos>', '<pad>', '<unk>', '<mask>', '<start_of_turn>', '<end_of_turn>',
+                     '<start_of_image>', '<end_of_image>', '<image_soft_token>'] -%}
+        {%- set result.text = result.text | replace(mark, mark[:-1] + ' >') -%}
+    {%- endfor -%}
+    {{- result.text -}}
+{%- endmacro -%}
+{{- bos_token -}}
+{%- set system = namespace(text='') -%}
+{%- for message in messages -%}
+    {%- if message.role == 'system' -%}
+        {%- set system.text = plain(message.content) + '\\n\\n' -%}
+    {%- elif message.role in ['assistant', 'model'] -%}
+        {{- '<start_of_turn>model\\n' -}}
+        {%- generation -%}{{- plain(message.content) + '<end_of_turn>' -}}{%- endgeneration -%}
+        {{- '\\n' -}}
+    {%- elif message.role in ['user', 'tool'] -%}
+        {{- '<start_of_turn>user\\n' + system.text + plain(message.content) + '<end_of_turn>\\n' -}}
+        {%- set system.text = '' -%}
+    {%- else -%}
+        {{- raise_exception('unknown role ' + message.role) -}}
+    {%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<start_of_turn>model\\n' -}}{%- endif -%}
+"""
+
+# Arguments that may differ between a run and its continuation, because the result does not depend on them.
+FREE_ARGUMENTS = {"resume", "overwrite", "merge", "push_to_hub", "report_to", "output_dir", "model", "train_file", "revision"}
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(
+        description="Fine-tune Gemma 3 to call functions, with LoRA (step 2 of 3). The defaults are the published recipe."
+    )
+
+    def add(flag, help, **options):
+        default = options.get("default")
+        shown = "" if default is None or default is False else f" (default: {default})"
+        parser.add_argument(flag, help=help + shown, **options)
+
+    # Model and data
+    add("--model", "hub id or local folder of a Gemma 3 text model", default=DEFAULT_MODEL)
+    add("--revision", "branch, tag or commit of the hub model (default: its main branch)")
+    add("--train-file", "train split, as step 1 writes it", type=Path, default=DEFAULT_TRAIN_FILE)
+    add("--output-dir", "folder for the adapter (default: LoRA_<model name>-function_calling)", type=Path)
+    # Recipe
+    add("--epochs", "passes over the training conversations", type=float, default=1.0)
+    add("--conversations-per-step", "conversations per optimizer step, over all processes", type=int, default=4)
+    add("--learning-rate", "peak learning rate of AdamW; cosine decay to zero", type=float, default=1e-4)
+    add("--warmup", "share of the steps over which the learning rate rises", type=float, default=0.1)
+    add("--weight-decay", "weight decay of AdamW", type=float, default=0.1)
+    add("--max-grad-norm", "gradients are clipped to this norm", type=float, default=1.0)
+    add("--lora-rank", "rank of the LoRA matrices", type=int, default=16)
+    add("--lora-alpha", "LoRA scale: updates are multiplied by alpha / rank", type=int, default=64)
+    add("--lora-dropout", "dropout before the LoRA matrices", type=float, default=0.05)
+    add("--loss-on", "which tokens carry loss; the published run used all", choices=["model-turns", "all"], default="model-turns")
+    add("--max-length", "longer conversations are dropped, tokens", type=int, default=4096)
+    add("--validation-size", "share of the conversations held out for validation", type=float, default=0.2)
+    add("--seed", "seed of the validation split, the LoRA matrices, the order and the dropout", type=int, default=42)
+    # Hardware
+    add("--batch-size", "conversations a device holds at once; must divide those of a step; more is faster and takes more memory",
+        type=int, default=1)
+    add("--activation-checkpointing", "recompute activations: slower, far less memory", action="store_true")
+    add("--load-in-4bit", "QLoRA: hold the base model in 4 bits (nf4); needs CUDA", action="store_true")
+    # Short runs, going on, and what to do with the result
+    add("--limit", "use only the first N conversations", type=int)
+    add("--max-steps", "stop after N optimizer steps", type=int)
+    add("--resume", "go on from the last checkpoint of the same run", action="store_true")
+    add("--overwrite", "replace an earlier result or unfinished run", action="store_true")
+    add("--merge", "also write the merged model to <output dir>-merged, in fp32", action="store_true")
+    add("--push-to-hub", "upload the adapter to this hub repository, made private if it is new", metavar="REPO")
+    add("--report-to", "experiment tracker to log to", choices=["none", "tensorboard", "trackio", "wandb"], default="none")
+    args = parser.parse_args(argv)
+
+    positive = ["epochs", "conversations_per_step", "learning_rate", "max_grad_norm", "lora_rank", "lora_alpha", "max_length",
+                "batch_size", "limit", "max_steps"]
+    for name in positive:
+        if getattr(args, name) is not None and not getattr(args, name) > 0:
+            parser.error(f"--{name.replace('_', '-')} must be greater than 0, not {getattr(args, name)}")
+    for name in ["warmup", "lora_dropout", "validation_size"]:
+        if not 0 <= getattr(args, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} must lie in [0, 1), not {getattr(args, name)}")
+    if args.resume and args.overwrite:
+        parser.error("--resume and --overwrite exclude each other")
+    return args
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What is read: the base model and the train split
+
+
+def find_model(model, revision):
+    """Return (folder, commit) of a model given as a local folder (commit None) or as a hub id, which is downloaded."""
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            sys.exit(f"error: --model {model}: the folder holds no config.json, so it is no Transformers model")
+        return folder, None
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", model) or model.startswith("."):
+        sys.exit(f"error: --model {model}: no such folder, and not a hub id such as {DEFAULT_MODEL}")
+
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+
+    try:
+        folder = snapshot_download(model, revision=revision, allow_patterns=["*.json", "*.safetensors", "*.jinja"])
+    except GatedRepoError:  # a subclass of RepositoryNotFoundError
+        sys.exit(f"error: {model} is gated: accept its licence at https://huggingface.co/{model}, then run `hf auth login`")
+    except RepositoryNotFoundError:
+        sys.exit(f"error: {model} was not found on the hub: check --model, or run `hf auth login` if it is private")
+    except RevisionNotFoundError:
+        sys.exit(f"error: {model} has no revision {revision}: check --revision")
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        reason = str(error.__cause__ or error).splitlines()[0]
+        sys.exit(f"error: {model} could not be downloaded ({reason}): check the network and HF_ENDPOINT, then run this again")
+    return Path(folder), Path(folder).name
+
+
+def load_base_model(folder, **options):
+    """Load a Gemma 3 text model from `folder`; anything else ends the program with one line."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(folder)
+        if config.model_type != "gemma3_text":
+            sys.exit(f"error: {folder}: a {config.model_type} model; this workflow is for Gemma 3 text models (gemma3_text)")
+        return AutoModelForCausalLM.from_pretrained(
+            folder, config=config, attn_implementation="sdpa", use_safetensors=True, **options
+        )
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: {folder}: the model cannot be loaded: {str(error).splitlines()[0]}")
+
+
+def sha256_of_file(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_conversations(path, limit=None):
+    """Yield the messages of each conversation of a split: [{"role", "content"}, ...]; a bad line ends the program."""
+    with open(path, encoding="utf-8", newline="\n") as file:
+        for number, line in enumerate(file, start=1):
+            if limit is not None and number > limit:
+                return
+            try:
+                messages = json.loads(line)["messages"]
+                for message in messages:
+                    if message["role"] not in ("user", "assistant", "tool") or not isinstance(message["content"], str):
+                        raise ValueError("a role or a content is wrong")
+            except json.JSONDecodeError as error:
+                sys.exit(f"error: {path}, line {number}: invalid JSON ({error.msg}); make it again with "
+                         "prepare_function_calling_dataset.py")
+            except (KeyError, TypeError, ValueError) as error:
+                sys.exit(f"error: {path}, line {number}: not a conversation ({error}); make it again with "
+                         "prepare_function_calling_dataset.py")
+            yield messages
+
+
+def check_split(path):
+    """Return the sha256 of a split; end the program if it is missing or not the one its dataset_info.json describes."""
+    if not path.is_file():
+        sys.exit(f"error: {path} not found: run prepare_function_calling_dataset.py first, or give --train-file")
+    sha256 = sha256_of_file(path)
+    info_path = path.parent / "dataset_info.json"
+    if info_path.is_file():
+        try:
+            info = json.loads(info_path.read_text())
+            described = {split["file"]: split["sha256"] for split in (info["train"], info["test"])}
+        except (ValueError, KeyError, TypeError):
+            sys.exit(f"error: {info_path} cannot be read: run prepare_function_calling_dataset.py again")
+        if described.get(path.name, sha256) != sha256:
+            sys.exit(f"error: {path} is not the file that {info_path} describes: run prepare_function_calling_dataset.py "
+                     "again, or remove dataset_info.json if you changed the split yourself")
+    return sha256
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Tags, tokens and labels
+
+
+def claim_unused_slots(tokenizer):
+    """Return (a tokenizer in which every tag is one token, {tag token id: ids of the pieces its text had before}).
+
+    A tag takes over the name of an <unusedN> slot, so the vocabulary keeps its size and no embedding is resized.
+    """
+    from transformers import AutoTokenizer
+
+    pieces = {tag: tokenizer.encode(tag, add_special_tokens=False) for tag in TAGS}
+    vocabulary = tokenizer.get_vocab()
+    slots = sorted((token for token in vocabulary if re.fullmatch(r"<unused\d+>", token)), key=vocabulary.get)
+    tokens = tokenizer.get_added_vocab()
+    new_tags = [tag for tag in TAGS if tag not in tokens]  # none when an already tuned model is trained further
+    if len(slots) < len(new_tags):
+        sys.exit(f"error: the tokenizer has {len(slots)} unused slots, {len(new_tags)} are needed: is this a Gemma 3 model?")
+    new_name = dict(zip(slots, new_tags))
+
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        path = Path(folder, "tokenizer.json")
+        definition = json.loads(path.read_text(encoding="utf-8"))
+        for token in definition["added_tokens"]:
+            token["content"] = new_name.get(token["content"], token["content"])
+        vocab = definition["model"]["vocab"]
+        definition["model"]["vocab"] = {new_name.get(token, token): index for token, index in vocab.items()}
+        path.write_text(json.dumps(definition, ensure_ascii=False), encoding="utf-8")
+        tagged = AutoTokenizer.from_pretrained(folder)
+
+    tag_ids = {tag: tagged.encode(tag, add_special_tokens=False) for tag in TAGS}
+    if len(tagged) != len(tokenizer) or any(len(ids) != 1 for ids in tag_ids.values()):
+        sys.exit("error: the tags did not become single tokens of this tokenizer: is this a Gemma 3 model?")
+    return tagged, {tag_ids[tag][0]: pieces[tag] for tag in TAGS}
+
+
+def start_tag_rows(model, tag_pieces):
+    """Set each tag's row of the (tied) embedding to the mean of the rows of the pieces its text had before."""
+    import torch
+
+    embedding = model.get_input_embeddings().weight
+    with torch.no_grad():
+        means = [embedding[pieces].float().mean(dim=0) for pieces in tag_pieces.values()]
+        embedding[list(tag_pieces)] = torch.stack(means).to(embedding.dtype)
+
+
+def encode_conversation(messages, tokenizer, loss_on="model-turns"):
+    """Return (input_ids, labels) of a conversation: one <bos>, Gemma's turns, -100 where no loss is taken.
+
+    With loss_on="model-turns" only what the model says carries a label, each turn's <end_of_turn> included.
+    """
+    encoded = tokenizer.apply_chat_template(
+        messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+    )
+    input_ids = encoded["input_ids"]
+    if loss_on == "all":
+        return input_ids, list(input_ids)
+    return input_ids, [token if said else -100 for token, said in zip(input_ids, encoded["assistant_masks"])]
+
+
+def build_dataset(train_file, tokenizer, args, show_progress):
+    """Tokenize the split into a dataset of input_ids and labels; conversations over --max-length are dropped.
+
+    Returns (dataset, number of conversations dropped for their length).
+    """
+    import numpy
+    from datasets import Dataset
+    from tqdm import tqdm
+
+    rows, num_too_long = {"input_ids": [], "labels": []}, 0
+    conversations = read_conversations(train_file, args.limit)
+    for messages in tqdm(conversations, desc="Tokenizing", unit=" conversations", disable=None if show_progress else True):
+        input_ids, labels = encode_conversation(messages, tokenizer, args.loss_on)
+        if len(input_ids) > args.max_length:
+            num_too_long += 1
+            continue
+        rows["input_ids"].append(numpy.array(input_ids, dtype=numpy.int32))
+        rows["labels"].append(numpy.array(labels, dtype=numpy.int32))
+    if len(rows["input_ids"]) < 2:
+        sys.exit(f"error: {train_file}: {len(rows['input_ids'])} conversations of at most --max-length {args.max_length} tokens "
+                 f"({num_too_long} are longer); at least one to train on and one to validate with are needed")
+    return Dataset.from_dict(rows), num_too_long
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Training
+
+
+def choose_device():
+    """Return (device name, dtype of the base model): bf16 where a GPU computes in it, else fp32, never fp16."""
+    import torch
+
+    if torch.cuda.is_available():
+        return "cuda", torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    if torch.backends.mps.is_available():
+        return "mps", torch.float32
+    return "cpu", torch.float32
+
+
+def build_trainer(model, tokenizer, tag_pieces, dataset, args, device, dtype, checkpoint_dir, num_processes):
+    """Put LoRA and the eight trainable tag rows on the model and build the SFTTrainer of the recipe."""
+    import torch
+    from peft import LoraConfig
+    from transformers.trainer_callback import PrinterCallback, ProgressCallback
+    from trl import SFTConfig, SFTTrainer
+
+    class RunProgress(ProgressCallback):
+        """A progress bar with the losses; notes the time spent, and stops a run whose loss is no number."""
+
+        losses = {}
+
+        def on_train_begin(self, args, state, control, **kwargs):
+            super().on_train_begin(args, state, control, **kwargs)
+            self.start = time.monotonic()
+            # A resumed run goes on counting from where its checkpoint stood.
+            self.seconds_before = state.log_history[-1]["elapsed_seconds"] if state.log_history else 0.0
+
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            entry = state.log_history[-1]
+            entry["elapsed_seconds"] = self.seconds_before + time.monotonic() - self.start
+            for key, label in (("loss", "loss"), ("eval_loss", "validation loss")):
+                if key in entry:
+                    if not math.isfinite(entry[key]):
+                        good = find_checkpoints(Path(args.output_dir))
+                        sys.exit(f"error: the {label} became {entry[key]} by step {state.global_step}; the last good checkpoint is "
+                                 f"{good[-1] if good else 'none'}; try a lower --learning-rate")
+                    self.losses[label] = f"{entry[key]:.4f}"
+            if self.training_bar is not None:
+                self.training_bar.set_postfix(self.losses)
+
+    step_size, rest = divmod(args.conversations_per_step, args.batch_size * num_processes)
+    if rest or not step_size:
+        sys.exit(f"error: {args.conversations_per_step} conversations per step cannot be shared out to {num_processes} process(es) "
+                 f"in batches of {args.batch_size}: change --batch-size or --conversations-per-step")
+    split = dataset.train_test_split(test_size=args.validation_size, seed=args.seed)
+    steps_per_epoch = math.ceil(len(split["train"]) / args.conversations_per_step)
+    num_steps = args.max_steps or math.ceil(steps_per_epoch * args.epochs)
+    validation_steps = max(1, math.ceil(num_steps / VALIDATIONS_PER_RUN))
+
+    config = SFTConfig(
+        output_dir=str(checkpoint_dir),
+        # Recipe
+        num_train_epochs=args.epochs,
+        max_steps=args.max_steps or -1,
+        per_device_train_batch_size=args.batch_size,
+        per_device_eval_batch_size=args.batch_size,
+        gradient_accumulation_steps=step_size,
+        learning_rate=args.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=args.warmup,
+        weight_decay=args.weight_decay,
+        max_grad_norm=args.max_grad_norm,
+        optim="adamw_torch_fused",
+        max_length=None,  # longer rows are already dropped; nothing is ever cut
+        seed=args.seed,
+        # Hardware
+        use_cpu=device == "cpu",
+        bf16=dtype == torch.bfloat16,
+        fp16=False,
+        activation_checkpointing=args.activation_checkpointing,
+        dataloader_pin_memory=device == "cuda",
+        # Validation and checkpoints
+        eval_strategy="steps",
+        eval_steps=validation_steps,
+        save_strategy="steps",
+        save_steps=validation_steps,
+        save_total_limit=2,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_loss",
+        # Reporting
+        logging_steps=max(1, num_steps // 100),
+        logging_nan_inf_filter=False,  # a loss that is no number must be seen
+        include_num_input_tokens_seen="non_padding",
+        report_to=args.report_to,
+    )
+    trainer = SFTTrainer(
+        model=model,
+        args=config,
+        train_dataset=split["train"],
+        eval_dataset=split["test"],
+        processing_class=tokenizer,
+        peft_config=LoraConfig(
+            r=args.lora_rank,
+            lora_alpha=args.lora_alpha,
+            lora_dropout=args.lora_dropout,
+            target_modules=LORA_TARGETS,
+            trainable_token_indices=list(tag_pieces),
+            task_type="CAUSAL_LM",
+        ),
+    )
+    # TRL reads lm_head.bias, which PEFT's wrapper around the tied head does not pass on.
+    trainer.model.get_output_embeddings().bias = None
+    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(RunProgress())
+    return trainer
+
+
+def find_checkpoints(checkpoint_dir):
+    """The whole checkpoints in a folder, oldest first. trainer_state.json is written last: without it one is torn."""
+    found = []
+    for folder in checkpoint_dir.glob("checkpoint-*"):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            found.append((json.loads((folder / "trainer_state.json").read_text())["global_step"], folder))
+    return [folder for _, folder in sorted(found)]
+
+
+def open_checkpoint_dir(checkpoint_dir, identity, args):
+    """Make the checkpoint folder ready for this run; return the checkpoint to go on from, or None.
+
+    `identity` says what the result of a run depends on. It stands in the folder as run.json, and a run goes on only from
+    checkpoints of its own identity.
+    """
+    run_path = checkpoint_dir / "run.json"
+    if checkpoint_dir.exists() and not (args.resume or args.overwrite):
+        sys.exit(f"error: {checkpoint_dir} holds an unfinished run: --resume goes on with it, --overwrite starts anew")
+    if args.resume and run_path.is_file():
+        try:
+            earlier = json.loads(run_path.read_text())
+        except ValueError:
+            sys.exit(f"error: {run_path} cannot be read: --overwrite starts anew")
+        different = [key for key in identity if earlier.get(key) != identity[key]]
+        if different:
+            changes = ", ".join(f"{key} was {earlier.get(key)}, is {identity[key]}" for key in different)
+            sys.exit(f"error: {checkpoint_dir} belongs to another run ({changes}): repeat its arguments, or --overwrite it")
+        whole = find_checkpoints(checkpoint_dir)
+        for folder in set(checkpoint_dir.glob("checkpoint-*")) - set(whole):
+            shutil.rmtree(folder)
+        if whole:
+            return whole[-1]
+    else:
+        shutil.rmtree(checkpoint_dir, ignore_errors=True)
+        checkpoint_dir.mkdir(parents=True)
+        write_json(run_path, identity)
+    return None
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What is written
+
+
+def write_json(path, content):
+    """Write a JSON file whole or not at all."""
+    unfinished = path.with_name(path.name + ".unfinished")
+    unfinished.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(unfinished, path)
+
+
+@contextlib.contextmanager
+def new_folder(path):
+    """A folder to fill, which takes the place of `path` once it is complete."""
+    unfinished, old = (path.with_name(f".{path.name}.{state}") for state in ("unfinished", "old"))
+    for leftover in (unfinished, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    try:
+        yield unfinished
+        if path.exists():
+            os.replace(path, old)
+        os.replace(unfinished, path)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def plot_losses(log_history, path, title):
+    """Draw the training and the validation loss over the optimizer steps."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    training = [(entry["step"], entry["loss"]) for entry in log_history if "loss" in entry]
+    validation = [(entry["step"], entry["eval_loss"]) for entry in log_history if "eval_loss" in entry]
+    best = min(validation, key=lambda point: point[1])
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    axes.plot(*zip(*training), color="#0072B2", label="training")
+    axes.plot(*zip(*validation), color="#D55E00", marker="o", label="validation")
+    axes.plot(*best, color="#D55E00", marker="*", markersize=16, linestyle="", label=f"kept: {best[1]:.3f} at step {best[0]}")
+    axes.set(title=title, xlabel="optimizer step", ylabel="loss (nats per token)")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def peak_memory(device):
+    """Peak memory of this process in bytes: {"host": ..., "device": ... (GPU only)}."""
+    import resource
+
+    import torch
+
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on macOS, in KiB on Linux
+    memory = {"host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
+    if device == "cuda":
+        memory["device"] = torch.cuda.max_memory_allocated()
+    elif device == "mps":
+        memory["device"] = torch.mps.driver_allocated_memory()
+    return memory
+
+
+def model_card(args, commit, run):
+    """The README.md of the adapter folder, with the metadata the hub reads."""
+    revision = f" (revision {commit})" if commit else ""
+    return f"""\
+---
+base_model: {args.model}
+library_name: peft
+license: gemma
+pipeline_tag: text-generation
+tags: [function-calling, lora, sft, trl]
+---
+
+# {default_output_dir(args.model).name}
+
+A LoRA adapter that teaches {args.model}{revision} to call functions: `<tool_call>` and the seven other tags are single
+tokens of the tokenizer in this folder, and the chat template here is the one it was trained with.
+
+Trained for {run["steps"]} steps on {run["conversations"]["train"]:,} conversations; validation loss
+{run["best_validation_loss"]:.4f} at step {run["best_step"]}. training_run.json holds the arguments, versions and losses.
+"""
+
+
+def merge_adapter(model_dir, adapter_dir, output_dir):
+    """Write base model and adapter as one plain Transformers model, merged and kept in fp32."""
+    import torch
+    from peft import PeftModel
+    from transformers import GenerationConfig
+
+    base = load_base_model(model_dir, dtype=torch.float32)
+    merged = PeftModel.from_pretrained(base, adapter_dir).merge_and_unload()
+    merged.generation_config = GenerationConfig.from_pretrained(adapter_dir)
+    with new_folder(output_dir) as folder:
+        merged.save_pretrained(folder)
+        for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+            shutil.copy(adapter_dir / name, folder)
+
+
+def save_adapter(trainer, tokenizer, folder, args, commit):
+    """Write the adapter, the tokenizer with its chat template and the generation config."""
+    from transformers import GenerationConfig
+
+    peft_config = trainer.model.peft_config["default"]
+    peft_config.base_model_name_or_path, peft_config.revision = args.model, commit
+    trainer.model.save_pretrained(folder, save_embedding_layers=False)
+    tokenizer.save_pretrained(folder)
+    end_of_turn = tokenizer.convert_tokens_to_ids("<end_of_turn>")
+    GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=[tokenizer.eos_token_id, end_of_turn],
+        pad_token_id=tokenizer.pad_token_id,
+    ).save_pretrained(folder)
+
+
+def default_output_dir(model):
+    """The adapter's folder for a base model; evaluation.py finds it by the same rule."""
+    return Path(f"LoRA_{Path(model).expanduser().resolve().name}-function_calling")
+
+
+def finish(args, output_dir, model_dir):
+    """Merge and upload a finished adapter where that was asked for, and say what to run next."""
+    merged_dir = output_dir.with_name(output_dir.name + "-merged")
+    if args.merge:
+        merge_adapter(model_dir, output_dir, merged_dir)
+        print(f"Merged      {merged_dir}/")
+    if args.push_to_hub:
+        from huggingface_hub import HfApi
+
+        HfApi().upload_folder(repo_id=args.push_to_hub, folder_path=output_dir, commit_message="Add adapter")
+        print(f"Uploaded    https://huggingface.co/{args.push_to_hub}")
+    adapter = "" if output_dir == default_output_dir(args.model) else f" --adapter {output_dir}"
+    model = "" if args.model == DEFAULT_MODEL else f" --model {args.model}"
+    print(f"Next        python evaluation.py{model}{adapter}")
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    is_main = int(os.environ.get("RANK", 0)) == 0  # torchrun starts several processes; one of them speaks and writes
+    num_processes = int(os.environ.get("WORLD_SIZE", 1))
+    output_dir = args.output_dir or default_output_dir(args.model)
+    checkpoint_dir = output_dir.with_name(output_dir.name + "-checkpoints")
+
+    # Whatever can be refused is refused before anything heavy is loaded.
+    split_sha256 = check_split(args.train_file)
+    if args.report_to != "none" and importlib.util.find_spec(args.report_to) is None:
+        sys.exit(f"error: --report-to {args.report_to} needs a package that is not installed: pip install {args.report_to}")
+    finished = (output_dir / "training_run.json").is_file()
+    if is_main and finished and not (args.resume or args.overwrite):
+        sys.exit(f"error: {output_dir} holds a finished run: --overwrite replaces it, --resume keeps it")
+    device, dtype = choose_device()
+    if args.load_in_4bit and device != "cuda":
+        sys.exit(f"error: --load-in-4bit needs a CUDA GPU, this machine has {device}: nf4 training is not reliable elsewhere")
+    if args.push_to_hub and is_main:
+        create_hub_repository(args.push_to_hub)
+    model_dir, commit = find_model(args.model, args.revision)
+    if finished and args.resume:
+        if is_main:
+            print(f"Finished    {output_dir} is complete; nothing is left to train")
+            finish(args, output_dir, model_dir)
+        return
+
+    # The libraries' advice to their own developers is no news to who runs this.
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    import torch
+    import transformers
+    from transformers import AutoTokenizer, set_seed
+
+    transformers.logging.set_verbosity_error()
+    set_seed(args.seed)
+    tokenizer, tag_pieces = claim_unused_slots(AutoTokenizer.from_pretrained(model_dir))
+    tokenizer.chat_template = CHAT_TEMPLATE
+    identity = {
+        "model": Path(args.model).name,
+        "commit": commit,
+        "train_split_sha256": split_sha256,
+        "chat_template_sha256": hashlib.sha256(CHAT_TEMPLATE.encode()).hexdigest(),
+        **{key: value for key, value in vars(args).items() if key not in FREE_ARGUMENTS},
+    }
+    checkpoint = None
+    if is_main:
+        checkpoint = open_checkpoint_dir(checkpoint_dir, identity, args)
+    elif args.resume:
+        checkpoint = (find_checkpoints(checkpoint_dir) or [None])[-1]
+    dataset, num_too_long = build_dataset(args.train_file, tokenizer, args, show_progress=is_main)
+
+    options = {"dtype": dtype}
+    if args.load_in_4bit:
+        options["quantization_config"] = transformers.BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+        )
+        options["device_map"] = {"": int(os.environ.get("LOCAL_RANK", 0))}
+    model = load_base_model(model_dir, **options)
+    start_tag_rows(model, tag_pieces)
+    trainer = build_trainer(
+        model, tokenizer, tag_pieces, dataset, args, device, dtype, checkpoint_dir, num_processes
+    )
+    if is_main:
+        print(f"Model       {args.model}" + (f", commit {commit}" if commit else "") + f", {dtype} on {device}")
+        print(f"Data        {len(trainer.train_dataset):,} conversations to train on, {len(trainer.eval_dataset):,} to validate "
+              f"with; {num_too_long:,} dropped, longer than {args.max_length:,} tokens")
+        if args.resume:
+            print(f"Resuming    from {checkpoint.name}" if checkpoint else "Resuming    no checkpoint yet, starting from the beginning")
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except torch.OutOfMemoryError:
+        sys.exit("error: out of GPU memory: use --activation-checkpointing, a smaller --batch-size, a smaller --max-length, or "
+                 "--load-in-4bit; --overwrite starts anew with them")
+    if not is_main:
+        return
+
+    history = trainer.state.log_history
+    validations = {entry["step"]: entry["eval_loss"] for entry in history if "eval_loss" in entry}
+    seconds = history[-1]["elapsed_seconds"]
+    training_seconds = seconds - sum(entry.get("eval_runtime", 0.0) for entry in history)
+    best_step = min(validations, key=validations.get)
+    run = {
+        "model": args.model,
+        "commit": commit,
+        "arguments": {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()},
+        "train_split_sha256": split_sha256,
+        "chat_template_sha256": identity["chat_template_sha256"],
+        "conversations": {
+            "train": len(trainer.train_dataset),
+            "validation": len(trainer.eval_dataset),
+            "dropped_over_max_length": num_too_long,
+        },
+        "steps": trainer.state.global_step,
+        "tokens_seen": trainer.state.num_input_tokens_seen,
+        "tokens_per_second": round(trainer.state.num_input_tokens_seen / training_seconds, 1),
+        "wall_time_seconds": round(seconds, 1),
+        "peak_memory_bytes": peak_memory(device),
+        "training_losses": {entry["step"]: entry["loss"] for entry in history if "loss" in entry},
+        "validation_losses": validations,
+        "best_step": best_step,
+        "best_validation_loss": validations[best_step],
+        "device": torch.cuda.get_device_name() if device == "cuda" else device,
+        "dtype": str(dtype).removeprefix("torch."),
+        "processes": num_processes,
+        "versions": {
+            name: importlib.metadata.version(name)
+            for name in ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes")
+        },
+    }
+    with new_folder(output_dir) as folder:
+        save_adapter(trainer, tokenizer, folder, args, commit)
+        plot_losses(history, folder / "loss.png", f"{Path(args.model).name}: LoRA on function calling")
+        (folder / "README.md").write_text(model_card(args, commit, run), encoding="utf-8")
+        write_json(folder / "training_run.json", run)
+
+    print(f"Trained     {run['steps']:,} steps, {run['tokens_seen']:,} tokens in {seconds:,.0f} s "
+          f"({run['tokens_per_second']:,.0f} tokens/s besides validation)")
+    print(f"Loss        validation {run['best_validation_loss']:.4f} at step {best_step}, the checkpoint kept")
+    size = (output_dir / "adapter_model.safetensors").stat().st_size
+    print(f"Adapter     {output_dir}/ ({size / 1e6:.1f} MB of weights; loss.png shows the losses)")
+    finish(args, output_dir, model_dir)
+
+
+def create_hub_repository(repo):
+    """Make sure that the adapter can be uploaded, before hours are spent on training it."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
+
+    try:
+        HfApi().create_repo(repo, private=True, exist_ok=True)
+    except (HfHubHTTPError, LocalTokenNotFoundError, OSError, ValueError) as error:
+        sys.exit(f"error: --push-to-hub {repo}: {str(error).splitlines()[0]}: run `hf auth login` with a token that may write")
+
+
+def run(main):
+    """Run `main`; an interruption or a failing disk ends in one line and an exit code instead of a traceback."""
+    try:
+        main()
+    except KeyboardInterrupt:
+        print("\ninterrupted: run the same command with --resume to go on from the last checkpoint", file=sys.stderr)
+        sys.exit(130)
+    except OSError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    run(main)
