@@ -46,6 +46,9 @@ ROLES = {
     "tool": "tool",
 }
 
+# Which roles may follow which; None is the beginning.
+MAY_FOLLOW = {None: ["user"], "user": ["assistant"], "assistant": ["user", "tool"], "tool": ["assistant"]}
+
 # Why a row cannot be used. dataset_info.json counts each of them.
 MISSING_TURN = "a turn is missing or empty"
 UNKNOWN_ROLE = "a role is unknown"
@@ -59,26 +62,25 @@ READ_SIZE = 1 << 20  # characters of a JSON array read at a time
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(
-        description="Turn function-calling conversations into train and test splits (step 1 of 3).",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        description="Turn function-calling conversations into train and test splits (step 1 of 3)."
     )
     parser.add_argument(
-        "--dataset", default=DEFAULT_DATASET, help="hub id of a dataset, or a local .json or .jsonl file in its row layout"
+        "--dataset", default=DEFAULT_DATASET,
+        help="hub id, or a local .json or .jsonl file in the same row layout (default: %(default)s)",
     )
     parser.add_argument(
-        "--config",
-        default=argparse.SUPPRESS,
-        help=f"configuration of the hub dataset (default: {DEFAULT_CONFIG} for the default dataset, else none)",
+        "--config", help=f"configuration of the hub dataset (default: {DEFAULT_CONFIG} for the default dataset, else none)"
     )
-    parser.add_argument("--revision", help="branch, tag or commit of the hub dataset (default: its main branch)",
-                        default=argparse.SUPPRESS)
-    parser.add_argument("--output-dir", type=Path, default=Path("processed_data"), help="folder for the splits")
-    parser.add_argument("--test-size", type=float, default=0.2, help="share of the rows that goes to the test split, in (0, 1)")
-    parser.add_argument("--seed", type=int, default=42, help="seed of the split")
+    parser.add_argument("--revision", help="branch, tag or commit of the hub dataset (default: its main branch)")
     parser.add_argument(
-        "--no-think-instruction",
-        dest="think_instruction",
-        action="store_false",
+        "--output-dir", type=Path, default=Path("processed_data"), help="folder for the splits (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--test-size", type=float, default=0.2, help="share of the rows drawn for the test split, in (0, 1) (default: %(default)s)"
+    )
+    parser.add_argument("--seed", type=int, default=42, help="seed of the split (default: %(default)s)")
+    parser.add_argument(
+        "--no-think-instruction", dest="think_instruction", action="store_false",
         help="leave out the published instruction to think between <think> and </think> before a call",
     )
     args = parser.parse_args(argv)
@@ -86,8 +88,8 @@ def parse_args(argv=None):
         parser.error(f"--test-size must lie between 0 and 1, not {args.test_size}")
     if args.seed < 0:
         parser.error(f"--seed must not be negative, not {args.seed}")
-    args.config = getattr(args, "config", DEFAULT_CONFIG if args.dataset == DEFAULT_DATASET else None)
-    args.revision = getattr(args, "revision", None)
+    if args.config is None and args.dataset == DEFAULT_DATASET:
+        args.config = DEFAULT_CONFIG
     return args
 
 
@@ -281,9 +283,7 @@ def convert_row(row, think_instruction=True):
         if role == "tool" and previous == "tool":
             messages[-1]["content"] += "\n" + content
             continue
-        if not {None: role == "user", "user": role == "assistant", "tool": role == "assistant"}.get(
-            previous, role != "assistant"
-        ):
+        if role not in MAY_FOLLOW[previous]:
             raise UnusableRow(WRONG_ORDER)
         messages.append({"role": role, "content": content})
     if not any(message["role"] == "assistant" for message in messages):
@@ -328,24 +328,23 @@ def draw_split(num_rows, test_size, seed):
     datasets.disable_progress_bars()
     numbers = datasets.Dataset.from_dict({"row": range(num_rows)})
     split = numbers.train_test_split(test_size=test_size, seed=seed)
-    return split["train"]["row"], split["test"]["row"]
+    return list(split["train"]["row"]), list(split["test"]["row"])
 
 
 def digest(text):
     return hashlib.blake2b(text.encode(), digest_size=8).digest()
 
 
-def write_split(path, row_numbers, offsets, scratch, seen):
+def write_split(path, row_numbers, offsets, scratch, train_seen=None):
     """Copy the usable rows of one split from `scratch` to `path`, in the order of the split.
 
-    `seen` gathers what the train split holds (digests of first user turns, names of tools); for the test split the
-    same sets are looked up instead. Returns the split's entry for dataset_info.json.
+    `train_seen` is what the train split holds, given when the test split is written and compared with it. Returns the
+    split's entry for dataset_info.json and what it holds itself: digests of its first user turns ("requests": the user's own
+    words, "prompts": with the system text) and the names of its tools, declared or called.
     """
-    is_train = not seen
-    if is_train:
-        seen.update(prompts=set(), requests=set(), tools=set())
-    counts = Counter()
-    sha256 = hashlib.sha256()
+    counts, sha256 = Counter(), hashlib.sha256()
+    seen = {"requests": set(), "prompts": set(), "tools": set()}
+    unseen_tool_calls = 0
     with open(path, "wb") as file:
         for number in row_numbers:
             if offsets[number] < 0:
@@ -355,16 +354,14 @@ def write_split(path, row_numbers, offsets, scratch, seen):
             file.write(line)
             sha256.update(line)
             record = json.loads(line)
-            counts["conversations"] += 1
             prompt = digest(record["messages"][0]["content"])
-            names = tool_names(json.loads(record["tools"]))
-            if is_train:
-                seen["prompts"].add(prompt)
-                seen["requests"].add(request)
-                seen["tools"] |= names
-            else:
-                counts["same_first_user_turn_in_train"] += request in seen["requests"]
-                counts["same_first_user_turn_and_system_text_in_train"] += prompt in seen["prompts"]
+            counts["conversations"] += 1
+            if train_seen:
+                counts["same_first_user_turn_in_train"] += request in train_seen["requests"]
+                counts["same_first_user_turn_and_system_text_in_train"] += prompt in train_seen["prompts"]
+            seen["requests"].add(request)
+            seen["prompts"].add(prompt)
+            seen["tools"] |= tool_names(json.loads(record["tools"]))
             for message in record["messages"]:
                 if message["role"] != "assistant":
                     continue
@@ -374,26 +371,21 @@ def write_split(path, row_numbers, offsets, scratch, seen):
                 counts["tool_call_turns"] += 1
                 for name in called_names(message["content"]):
                     counts["tool_calls"] += 1
-                    counts["unreadable_tool_calls"] += name is None
-                    if is_train:
-                        seen["tools"].add(name)
-                    elif name is not None:
-                        counts["tool_calls_to_tools_unseen_in_train"] += name not in seen["tools"]
+                    if name is None:
+                        counts["unreadable_tool_calls"] += 1
+                        continue
+                    seen["tools"].add(name)
+                    unseen_tool_calls += train_seen is not None and name not in train_seen["tools"]
         file.flush()
         os.fsync(file.fileno())
-    keys = ["conversations", "tool_call_turns", "helpful_turns", "tool_calls", "unreadable_tool_calls"]
-    if not is_train:
-        keys += [
-            "same_first_user_turn_in_train",
-            "same_first_user_turn_and_system_text_in_train",
-            "tool_calls_to_tools_unseen_in_train",
-        ]
-    return {
-        "file": path.name,
-        "sha256": sha256.hexdigest(),
-        "rows_drawn": len(row_numbers),
-        **{key: counts[key] for key in keys},
-    }
+    entry = {"file": path.name, "sha256": sha256.hexdigest(), "rows_drawn": len(row_numbers)}
+    for key in ("conversations", "tool_call_turns", "helpful_turns", "tool_calls", "unreadable_tool_calls"):
+        entry[key] = counts[key]
+    if train_seen:
+        for key in ("same_first_user_turn_in_train", "same_first_user_turn_and_system_text_in_train"):
+            entry[key] = counts[key]
+        entry["tool_calls_to_tools_unseen_in_train"] = unseen_tool_calls
+    return entry, seen
 
 
 def sha256_of_file(path):
@@ -449,9 +441,9 @@ def main(argv=None):
         except ValueError as error:
             sys.exit(f"error: {args.dataset}: {len(offsets)} rows cannot be split with --test-size {args.test_size} ({error})")
         with tempfile.TemporaryDirectory(dir=args.output_dir, prefix=".unfinished-") as staging:
-            staging, seen = Path(staging), {}
-            train = write_split(staging / TRAIN_FILE, train_rows, offsets, scratch, seen)
-            test = write_split(staging / TEST_FILE, test_rows, offsets, scratch, seen)
+            staging = Path(staging)
+            train, train_seen = write_split(staging / TRAIN_FILE, train_rows, offsets, scratch)
+            test, _ = write_split(staging / TEST_FILE, test_rows, offsets, scratch, train_seen)
             for name, split in (("train", train), ("test", test)):
                 if not split["conversations"]:
                     sys.exit(f"error: {args.dataset}: no usable row fell into the {name} split; more rows are needed")
