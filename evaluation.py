@@ -458,6 +458,7 @@ def main(argv=None):
     from transformers import AutoTokenizer
 
     transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()  # of loading weights; training and generation show their own
     device, dtype = choose_device()
     scorer = AutoTokenizer.from_pretrained(model_dir)  # the stock tokenizer: base and tuned are scored in the same tokens
     tokenizer = AutoTokenizer.from_pretrained(adapter_dir) if adapter_dir else scorer

@@ -676,6 +676,7 @@ def main(argv=None):
     from transformers import AutoTokenizer, set_seed
 
     transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()  # of loading weights; training and generation show their own
     set_seed(args.seed)
     tokenizer, tag_pieces = claim_unused_slots(AutoTokenizer.from_pretrained(model_dir))
     tokenizer.chat_template = CHAT_TEMPLATE

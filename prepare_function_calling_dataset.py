@@ -187,9 +187,12 @@ def load_hub_rows(dataset, config, revision):
     Returns (rows, the commit they came from). Whatever the hub refuses ends the program with one line.
     """
     import datasets
+    import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError
 
     where = f"dataset {dataset}" + (f", config {config}" if config else "") + (f", revision {revision}" if revision else "")
+    print(f"Fetching    {where}")
+    huggingface_hub.logging.set_verbosity_error()  # it tries again by itself; what is left in the end is told below
     try:
         builder = datasets.load_dataset_builder(dataset, config, revision=revision)
         builder.download_and_prepare()
@@ -202,7 +205,8 @@ def load_hub_rows(dataset, config, revision):
             )
         sys.exit(f"error: {where} was not found on the hub: check its name, or run `hf auth login` if it is private")
     except (ConnectionError, FileNotFoundError, HfHubHTTPError) as error:
-        reason = str(error).splitlines()[0]
+        offline = "OfflineModeIsEnabled" in str(error)
+        reason = "HF_HUB_OFFLINE is set, and it is not in the cache" if offline else "the hub gave no answer"
         sys.exit(f"error: {where} could not be fetched ({reason}): check the network and HF_ENDPOINT, then run this again")
     except (ValueError, KeyError, datasets.exceptions.DatasetsError) as error:
         sys.exit(f"error: {where} could not be loaded: {str(error).splitlines()[0]}")

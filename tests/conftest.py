@@ -119,7 +119,7 @@ def make_model(folder, tokenizer_folder=None, **options):
         vocab_size=len(definition["model"]["vocab"]), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
         num_attention_heads=2, num_key_value_heads=1, head_dim=16, sliding_window=64,
         layer_types=["sliding_attention", "full_attention"], max_position_embeddings=2048,
-        bos_token_id=2, eos_token_id=1, pad_token_id=0, tie_word_embeddings=True,
+        bos_token_id=2, eos_token_id=1, pad_token_id=0, tie_word_embeddings=True, initializer_range=0.2,
     )
     torch.manual_seed(0)
     model = Gemma3ForCausalLM(Gemma3TextConfig(**{**shape, **options}))

@@ -1,0 +1,340 @@
+"""Step 3: the scores, what becomes of a query, and what an evaluation writes, resumes and refuses."""
+
+import hashlib
+import json
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import assert_fails_in_one_line, make_model, make_row, run_script, write_rows
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import AutoTokenizer
+
+import evaluation
+import function_calling_train as train
+import prepare_function_calling_dataset as prepare
+
+SCRIPT = "evaluation.py"
+
+
+@pytest.fixture(scope="module")
+def tuned(tiny_model, splits, tmp_path_factory):
+    """A folder with an adapter that has learnt the made-up data, as step 2 leaves it."""
+    folder = tmp_path_factory.mktemp("tuned")
+    process = run_script(
+        "function_calling_train.py", "--model", tiny_model, "--train-file", splits / "function_calling_train.jsonl",
+        "--learning-rate", "0.005", "--epochs", "16", "--lora-dropout", "0", cwd=folder)
+    assert process.returncode == 0, process.stderr
+    return folder
+
+
+def evaluate(folder, tiny_model, splits, *arguments):
+    """Run the evaluation in this process, in `folder`; returns the folder of its results."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        evaluation.main(["--model", str(tiny_model), "--test-file", str(splits / "function_calling_test.jsonl"),
+                         "--max-new-tokens", "60", *arguments])
+    return folder
+
+
+def read_lines(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Scores
+
+
+@pytest.mark.parametrize(
+    "a, b, length",
+    [
+        ("abcde", "abcde", 5),
+        ("abcde", "xxabcdexx", 5),
+        ("abcdef", "abcxdef", 3),
+        ("abcdef", "defabc", 3),
+        ("aab", "aaab", 3),
+        ("abc", "xyz", 0),
+        ("abc", "", 0),
+        ("", "abc", 0),
+        ("", "", 0),
+        (["<tool_call>", 1, None], [1, None], 2),
+    ],
+)
+def test_longest_common_sequence_worked_out_by_hand(a, b, length):
+    assert evaluation.find_longest_common_sequence_length(list(a), list(b)) == length
+
+
+tokens = st.lists(st.integers(0, 3), max_size=12)
+
+
+@given(tokens, tokens)
+def test_longest_common_sequence_is_the_longest_slice_both_hold(a, b):
+    slices = {tuple(b[i:j]) for i in range(len(b) + 1) for j in range(i, len(b) + 1)}
+    longest = max(j - i for i in range(len(a) + 1) for j in range(i, len(a) + 1) if tuple(a[i:j]) in slices)
+    assert evaluation.find_longest_common_sequence_length(a, b) == longest
+    assert evaluation.find_longest_common_sequence_length(b, a) == longest
+
+
+def test_longest_common_sequence_of_4096_tokens_takes_no_time_even_where_all_are_equal():
+    same, other = [7] * 4096, list(range(4096))
+    start = time.perf_counter()
+    assert evaluation.find_longest_common_sequence_length(same, same) == 4096
+    assert evaluation.find_longest_common_sequence_length(other, other[2000:] + other[:2000]) == 2096
+    assert time.perf_counter() - start < 2
+
+
+@pytest.mark.parametrize(
+    "reference, output, share",
+    [
+        ("the cat sat", "the cat sat", 1.0),
+        ("the cat sat", "sat the cat", 1.0),  # order does not count
+        ("the cat sat", "the dog sat down", 2 / 4),
+        ("the cat sat", "the the the", 1 / 3),  # a word counts as often as the reference holds it
+        ("the cat sat", "the", 1.0),
+        ("the cat sat", "", 0.0),
+        ("", "the", 0.0),
+    ],
+)
+def test_unigram_matches_worked_out_by_hand(reference, output, share):
+    assert evaluation.compute_matching_percentage(reference.split(), output.split()) == pytest.approx(share)
+
+
+def test_the_score_of_a_call_forgives_and_punishes_what_the_reference_says_it_does():
+    reference = ["{", "name", "f", "a", "1", "}"]
+    assert evaluation.score_output("function_calling", reference, reference + ["junk"]) == 1.0
+    assert evaluation.score_output("function_calling", reference, ["{", "name", "g", "a", "1", "}"]) == 3 / 6
+    assert evaluation.score_output("function_calling", reference, []) == 0.0
+    assert evaluation.score_output("helpful_exchange", reference, []) == 0.0
+    assert evaluation.score_output("function_calling", [], ["x"]) == 0.0
+
+
+def test_every_prefix_of_a_tool_call_is_scored_and_a_longer_one_never_lower():
+    call = list('<tool_call>\n{"name": "f", "arguments": {"a": "b"}}\n</tool_call>')
+    scores = [evaluation.score_output("function_calling", call, call[:end]) for end in range(len(call) + 1)]
+    assert scores == [end / len(call) for end in range(len(call) + 1)]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Queries and generation
+
+
+def test_every_model_turn_is_a_query_with_the_turns_before_it_as_prompt(tmp_path):
+    rows = [make_row(0), make_row(3)]
+    messages = [prepare.convert_row(row)[0]["messages"] for row in rows]
+    path = tmp_path / "test.jsonl"
+    path.write_text("".join(json.dumps({"id": str(n), "messages": m}) + "\n" for n, m in enumerate(messages)))
+    queries = evaluation.read_queries(path)
+    assert [(q["conversation_id"], q["turn"], q["kind"]) for q in queries] == [
+        ("0", 1, "function_calling"), ("0", 3, "helpful_exchange"), ("1", 1, "helpful_exchange")]
+    assert [q["prompt"] for q in queries] == [messages[0][:1], messages[0][:3], messages[1][:1]]
+    assert queries[1]["reference"] == "It is 0 degrees in Paris."
+    assert len(evaluation.read_queries(path, limit=1)) == 2
+
+
+def test_the_base_models_own_template_gets_tool_results_in_user_turns_and_no_forged_turn(tiny_model):
+    stock = AutoTokenizer.from_pretrained(tiny_model)
+    messages = [{"role": "user", "content": "Go <end_of_turn>"}, {"role": "assistant", "content": "<tool_call>"},
+                {"role": "tool", "content": "result"}]
+    text = stock.decode(evaluation.encode_prompt(messages, stock, is_base=True))
+    assert text == ("<bos><start_of_turn>user\nGo <end_of_turn ><end_of_turn>\n<start_of_turn>model\n<tool_call><end_of_turn>\n"
+                    "<start_of_turn>user\nresult<end_of_turn>\n<start_of_turn>model\n")
+    assert evaluation.encode_prompt(messages, stock, is_base=True).count(2) == 1  # one <bos>
+
+
+def test_base_and_tuned_are_asked_in_the_same_words(tiny_model):
+    """Gemma's own turns and the trained template render a prepared conversation alike."""
+    stock = AutoTokenizer.from_pretrained(tiny_model)
+    tagged, _ = train.claim_unused_slots(stock)
+    tagged.chat_template = train.CHAT_TEMPLATE
+    messages = prepare.convert_row(make_row(0))[0]["messages"][:3]
+    base, tuned = (tok.decode(evaluation.encode_prompt(messages, tok, tok is stock)) for tok in (stock, tagged))
+    stock.chat_template = evaluation.GEMMA_TURNS
+    assert base == tuned == stock.decode(evaluation.encode_prompt(messages, stock, True))
+
+
+def test_a_batch_generates_what_each_prompt_does_alone(tiny_model):
+    model = evaluation.load_model(tiny_model, None, "cpu", torch.float32)
+    generator = torch.Generator().manual_seed(1)
+    prompts = [torch.randint(110, 700, (length,), generator=generator).tolist() for length in (3, 90, 17, 41, 66)]
+    together = evaluation.generate_batch(model, prompts, [1, 106], 0, 20)
+    assert together == [evaluation.generate_batch(model, [prompt], [1, 106], 0, 20)[0] for prompt in prompts]
+    assert all(len(output) == 20 and not ended for output, ended in together)
+    # With one of the tokens it says as a stop token, an output ends before it, and is known to have ended.
+    output, _ = together[0]
+    stop = output[5]
+    assert evaluation.generate_batch(model, prompts[:1], [stop], 0, 20) == [(output[:output.index(stop)], True)]
+
+
+def test_the_adapter_is_merged_without_changing_what_the_model_says(tiny_model, tuned):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    adapter = tuned / f"LoRA_{tiny_model.name}-function_calling"
+    merged = evaluation.load_model(tiny_model, adapter, "cpu", torch.float32)
+    unmerged = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32), adapter).eval()
+    input_ids = torch.randint(110, 700, (1, 50))
+    with torch.no_grad():
+        assert (merged(input_ids).logits - unmerged(input_ids).logits).abs().max() < 1e-4
+    assert not any("lora" in name for name, _ in merged.named_parameters())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# A whole evaluation
+
+
+def test_base_and_tuned_are_scored_and_compared(tiny_model, splits, tuned, capsys):
+    evaluate(tuned, tiny_model, splits, "--baseline")
+    evaluate(tuned, tiny_model, splits)
+    results = tuned / "evaluation_results" / tiny_model.name
+    assert {path.name for path in results.iterdir()} == {"base", "tuned", "comparison.png"}
+    queries = evaluation.read_queries(splits / "function_calling_test.jsonl")
+    stock = AutoTokenizer.from_pretrained(tiny_model)
+    scores = {}
+    for name in ("base", "tuned"):
+        assert {path.name for path in (results / name).iterdir()} == {"predictions.jsonl", "metrics.json"}
+        predictions = read_lines(results / name / "predictions.jsonl")
+        metrics = json.loads((results / name / "metrics.json").read_text())
+        assert [(p["conversation_id"], p["turn"]) for p in predictions] == [(q["conversation_id"], q["turn"]) for q in queries]
+        for kind in ("function_calling", "helpful_exchange"):
+            of_kind = [p for p in predictions if p["kind"] == kind]
+            assert metrics["scores"][kind]["n"] == len(of_kind) > 0
+            assert metrics["scores"][kind]["score"] == pytest.approx(sum(p["score"] for p in of_kind) / len(of_kind))
+        for p in predictions:  # each score again, from the texts on disk, in the stock tokenizer's tokens
+            reference, output = (stock.encode(p[key], add_special_tokens=False) for key in ("reference", "output"))
+            assert p["score"] == evaluation.score_output(p["kind"], reference, output)
+        assert metrics["test_split_sha256"] == hashlib.sha256((splits / "function_calling_test.jsonl").read_bytes()).hexdigest()
+        assert metrics["queries"] == sum(metrics["finish_reasons"].values()) == len(queries)
+        scores[name] = metrics["scores"]["function_calling"]["score"]
+    assert scores["base"] < 0.2 and scores["tuned"] > 0.4  # the form of a call is learnt at once, its values are not
+    tuned_reasons = json.loads((results / "tuned" / "metrics.json").read_text())["finish_reasons"]
+    assert tuned_reasons["end_of_turn"] == len(queries)  # it learnt to end its turn
+    table = capsys.readouterr().out.splitlines()[-2:]
+    assert table[0].startswith("base, measured") and table[1].startswith("tuned, measured")
+    assert f"{scores['tuned']:.3f}  n=6" in table[1]
+
+
+def test_the_batch_size_changes_no_output(tiny_model, splits, tuned, tmp_path):
+    evaluate(tuned, tiny_model, splits, "--batch-size", "1", "--output-dir", str(tmp_path / "one"))
+    evaluate(tuned, tiny_model, splits, "--batch-size", "5", "--output-dir", str(tmp_path / "five"))
+    one, five = (tmp_path / name / tiny_model.name / "tuned" / "predictions.jsonl" for name in ("one", "five"))
+    assert one.read_bytes() == five.read_bytes()
+
+
+def test_an_interrupted_evaluation_goes_on_where_it_stopped(tiny_model, splits, tuned, tmp_path):
+    evaluate(tuned, tiny_model, splits, "--batch-size", "4", "--output-dir", str(tmp_path / "whole"))
+    cut = tmp_path / "cut" / tiny_model.name / "tuned"
+    real, calls = evaluation.generate_batch, []
+
+    def stop_at_the_third(*arguments):
+        calls.append(arguments)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluation, "generate_batch", stop_at_the_third)
+        with pytest.raises(KeyboardInterrupt):
+            evaluate(tuned, tiny_model, splits, "--batch-size", "4", "--output-dir", str(tmp_path / "cut"))
+    assert {path.name for path in cut.iterdir()} == {"predictions.partial.jsonl"}
+    with open(cut / "predictions.partial.jsonl", "a") as file:
+        file.write('{"conversation_id": "torn')  # as if it had been killed while writing
+    with pytest.raises(SystemExit, match="unfinished evaluation: --resume"):
+        evaluate(tuned, tiny_model, splits, "--output-dir", str(tmp_path / "cut"))
+    with pytest.raises(SystemExit, match="max_new_tokens was 60, is 9"):
+        evaluate(tuned, tiny_model, splits, "--output-dir", str(tmp_path / "cut"), "--resume", "--max-new-tokens", "9")
+    calls.clear()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluation, "generate_batch", lambda *arguments: calls.append(len(arguments[1])) or real(*arguments))
+        evaluate(tuned, tiny_model, splits, "--batch-size", "4", "--output-dir", str(tmp_path / "cut"), "--resume")
+    assert sum(calls) == 14 - 8  # of 14 queries, two batches of four were not asked again
+    assert {path.name for path in cut.iterdir()} == {"predictions.jsonl", "metrics.json"}
+    whole = tmp_path / "whole" / tiny_model.name / "tuned"
+    assert (whole / "predictions.jsonl").read_bytes() == (cut / "predictions.jsonl").read_bytes()
+    with pytest.raises(SystemExit, match="holds a finished evaluation: --overwrite"):
+        evaluate(tuned, tiny_model, splits, "--output-dir", str(tmp_path / "cut"))
+
+
+def test_a_prompt_too_long_for_the_model_is_a_counted_failure(tmp_path, splits):
+    short = make_model(tmp_path / "short-gemma", max_position_embeddings=220)
+    evaluate(tmp_path, short, splits, "--baseline")
+    results = tmp_path / "evaluation_results" / "short-gemma" / "base"
+    predictions = read_lines(results / "predictions.jsonl")
+    too_long = [p for p in predictions if p["prompt_tokens"] > 220 - 60]
+    assert 0 < len(too_long) < len(predictions)
+    assert all(p["finish_reason"] == "prompt_too_long" and p["output"] == "" and p["score"] == 0 for p in too_long)
+    metrics = json.loads((results / "metrics.json").read_text())
+    assert metrics["finish_reasons"]["prompt_too_long"] == len(too_long) and metrics["queries"] == len(predictions)
+
+
+def test_published_figures_stand_beside_measured_ones_of_the_same_split_only(tmp_path):
+    for name, sha in (("base", "same"), ("tuned", "other")):
+        (tmp_path / name).mkdir()
+        scores = {"function_calling": {"score": 0.25, "n": 54}, "helpful_exchange": {"score": None, "n": 0}}
+        (tmp_path / name / "metrics.json").write_text(json.dumps({"test_split_sha256": sha, "scores": scores}))
+    table = evaluation.format_table(evaluation.load_comparison(tmp_path, "gemma-3-270m-it", "same")).splitlines()
+    assert [line.split("  ")[0] for line in table[1:5]] == [
+        "base, measured", "base, published", "tuned, README, published", "tuned, notebook, published"]
+    assert "0.250  n=54" in table[1] and "-  n=0" in table[1]
+    assert "0.130" in table[2] and "0.480" in table[2] and "0.955" in table[4] and "0.779" in table[4]
+    assert "1,100 queries" in table[5]
+    assert len(evaluation.load_comparison(tmp_path, "my-own-model", "same")) == 1
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What is refused
+
+
+def test_mistakes_end_in_one_line(tiny_model, splits, tuned, tmp_path):
+    test_file = splits / "function_calling_test.jsonl"
+    missing = run_script(SCRIPT, "--model", tiny_model, "--test-file", test_file, cwd=tmp_path)
+    assert_fails_in_one_line(missing, f"LoRA_{tiny_model.name}-function_calling", "function_calling_train.py first", "--baseline")
+    assert_fails_in_one_line(run_script(SCRIPT, "--model", tiny_model, "--baseline", cwd=tmp_path),
+                             "prepare_function_calling_dataset.py first")
+    adapter = tuned / f"LoRA_{tiny_model.name}-function_calling"
+    other = run_script(SCRIPT, "--model", "google/gemma-3-270m-it", "--adapter", adapter, "--test-file", test_file, cwd=tmp_path)
+    assert_fails_in_one_line(other, "was trained on", f"give --model {tiny_model}")
+    assert run_script(SCRIPT, "--baseline", "--adapter", adapter, cwd=tmp_path).returncode == 2
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "chat_template.jinja"])
+def test_an_adapter_that_is_not_whole_or_not_as_trained_is_refused(tiny_model, tuned, tmp_path, name):
+    import shutil
+
+    adapter = Path(shutil.copytree(tuned / f"LoRA_{tiny_model.name}-function_calling", tmp_path / "adapter"))
+    assert evaluation.check_adapter(adapter, str(tiny_model))["model"] == str(tiny_model)
+    if name == "chat_template.jinja":
+        (adapter / name).write_text((adapter / name).read_text() + " ")
+        message = "not the template the adapter was trained with"
+    else:  # a pickle is never read in its place
+        (adapter / name).rename(adapter / "adapter_model.bin")
+        message = "not found"
+    with pytest.raises(SystemExit, match=message):
+        evaluation.check_adapter(adapter, str(tiny_model))
+
+
+@pytest.mark.parametrize("line", ["{", "[]", "null", '{"id": 1}', '{"id": "0", "messages": []}', '{"id": "1", "messages": [1]}'])
+def test_a_bad_line_of_the_split_is_named(tmp_path, line):
+    path = tmp_path / "test.jsonl"
+    good = {"id": "0", "messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}
+    path.write_text(json.dumps(good) + "\n" + line + "\n")
+    with pytest.raises(SystemExit, match="line 2"):
+        evaluation.read_queries(path)
+
+
+def test_another_train_split_beside_the_test_split_is_told(tiny_model, splits, tuned, tmp_path):
+    run = json.loads((tuned / f"LoRA_{tiny_model.name}-function_calling" / "training_run.json").read_text())
+    assert evaluation.describe_other_split(splits / "function_calling_test.jsonl", run) is None
+    source = write_rows(tmp_path / "rows.jsonl", [make_row(number) for number in range(20)])
+    prepare.main(["--dataset", str(source), "--output-dir", str(tmp_path)])
+    assert "another train split" in evaluation.describe_other_split(tmp_path / prepare.TEST_FILE, run)
+
+
+@pytest.mark.parametrize("script", ["prepare_function_calling_dataset.py", "function_calling_train.py", "evaluation.py"])
+def test_help_answers_at_once(script, tmp_path):
+    start = time.perf_counter()
+    process = run_script(script, "--help", cwd=tmp_path, timeout=10)
+    assert process.returncode == 0 and "default: " in process.stdout
+    assert time.perf_counter() - start < 2  # importing torch alone takes longer
