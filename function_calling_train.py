@@ -74,8 +74,9 @@ CHAT_TEMPLATE = """\
 {%- if add_generation_prompt -%}{{- '<start_of_turn>model\\n' -}}{%- endif -%}
 """
 
-# Arguments that may differ between a run and its continuation, because the result does not depend on them.
-FREE_ARGUMENTS = {"resume", "overwrite", "merge", "push_to_hub", "report_to", "output_dir", "model", "train_file", "revision"}
+# Arguments that may differ between a run and its continuation: what is trained does not depend on them, or is told by a hash.
+FREE_ARGUMENTS = {"resume", "overwrite", "merge", "push_to_hub", "report_to", "output_dir", "model", "train_file", "revision",
+                  "batch_size", "activation_checkpointing"}
 
 
 def parse_args(argv=None):
@@ -649,6 +650,9 @@ def main(argv=None):
     output_dir = args.output_dir or default_output_dir(args.model)
     checkpoint_dir = output_dir.with_name(output_dir.name + "-checkpoints")
 
+    if num_processes == 1:  # one process trains on one GPU; torchrun gives each of several its own
+        os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+
     # Whatever can be refused is refused before anything heavy is loaded.
     split_sha256 = check_split(args.train_file)
     if args.report_to != "none" and importlib.util.find_spec(args.report_to) is None:
@@ -714,8 +718,8 @@ def main(argv=None):
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except torch.OutOfMemoryError:
-        sys.exit("error: out of GPU memory: use --activation-checkpointing, a smaller --batch-size, a smaller --max-length, or "
-                 "--load-in-4bit; --overwrite starts anew with them")
+        sys.exit("error: out of GPU memory: go on with --resume and --activation-checkpointing or a smaller --batch-size, or start "
+                 "anew with --overwrite and a smaller --max-length or --load-in-4bit")
     if not is_main:
         return
 

@@ -351,6 +351,37 @@ def test_a_killed_run_goes_on_to_the_very_same_adapter(tiny_model, splits, tmp_p
         assert runs[0][key] == runs[1][key]
 
 
+def test_a_run_may_go_on_with_another_batch_size(tiny_model, splits, tmp_path, monkeypatch):
+    """As after running out of memory: what a step holds stays the same, and so do the losses."""
+    arguments = ["--model", str(tiny_model), "--train-file", str(splits / "function_calling_train.jsonl"), "--lora-dropout", "0",
+                 "--learning-rate", "0.01", "--epochs", "2"]
+    monkeypatch.chdir(tmp_path)
+    train.main([*arguments, "--output-dir", "whole"])
+
+    real = train.build_trainer
+
+    def stop_after_a_while(*inputs):
+        from transformers import TrainerCallback
+
+        class Stop(TrainerCallback):
+            def on_step_begin(self, args, state, control, **kwargs):
+                if state.global_step == 10:
+                    raise torch.OutOfMemoryError
+
+        trainer = real(*inputs)
+        trainer.add_callback(Stop())
+        return trainer
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "build_trainer", stop_after_a_while)
+        with pytest.raises(SystemExit, match="out of GPU memory.*--resume.*--batch-size"):
+            train.main([*arguments, "--output-dir", "parts", "--batch-size", "4"])
+    train.main([*arguments, "--output-dir", "parts", "--batch-size", "2", "--resume"])
+    whole, parts = (json.loads((tmp_path / name / "training_run.json").read_text()) for name in ("whole", "parts"))
+    assert whole["training_losses"] == pytest.approx(parts["training_losses"], abs=1e-4)
+    assert whole["tokens_seen"] == parts["tokens_seen"]
+
+
 def test_a_finished_run_is_neither_lost_nor_done_twice(finished, adapter, tiny_model, splits):
     arguments = ["--model", tiny_model, "--train-file", splits / "function_calling_train.jsonl", "--learning-rate", "0.01"]
     before = (adapter / "adapter_model.safetensors").stat().st_mtime_ns
