@@ -354,6 +354,13 @@ def write_text(path, text):
     os.replace(unfinished, path)
 
 
+def refuse_other_evaluation(path, earlier, identity):
+    """End the program if what `path` holds of an `earlier` evaluation does not rest on the same things as this one."""
+    changes = [f"{key} was {earlier.get(key)}, is {value}" for key, value in identity.items() if earlier.get(key) != value]
+    if changes:
+        sys.exit(f"error: {path} belongs to another evaluation ({', '.join(changes)}): repeat its arguments, or --overwrite it")
+
+
 def open_partial(path, identity, args):
     """Return (the predictions an interrupted evaluation left, the file to append further ones to).
 
@@ -364,12 +371,13 @@ def open_partial(path, identity, args):
     predictions = []
     if args.resume and path.exists():
         lines = path.read_bytes().split(b"\n")[:-1]  # what follows the last line end was torn by the interruption
-        earlier = json.loads(lines[0]) if lines else identity
-        different = [key for key in identity if earlier.get(key) != identity[key]]
-        if different:
-            changes = ", ".join(f"{key} was {earlier.get(key)}, is {identity[key]}" for key in different)
-            sys.exit(f"error: {path} belongs to another evaluation ({changes}): repeat its arguments, or --overwrite it")
-        predictions = [json.loads(line) for line in lines[1:]]
+        try:
+            lines = [json.loads(line) for line in lines]
+        except ValueError:
+            sys.exit(f"error: {path} cannot be read: --overwrite starts anew")
+        if lines:
+            refuse_other_evaluation(path, lines[0], identity)
+            predictions = lines[1:]
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in [identity, *predictions]))
     return predictions, open(path, "a", encoding="utf-8")
@@ -447,7 +455,8 @@ def main(argv=None):
     label = "base" if args.baseline else "tuned" if args.adapter in (None, default_adapter) else args.adapter.resolve().name
     results_dir = args.output_dir / name / label
     metrics_path, partial_path = results_dir / "metrics.json", results_dir / "predictions.partial.jsonl"
-    if metrics_path.is_file() and not args.overwrite:
+    finished = metrics_path.is_file() and not partial_path.exists()
+    if finished and not (args.resume or args.overwrite):
         sys.exit(f"error: {results_dir} holds a finished evaluation: --overwrite replaces it, --output-dir keeps both")
     model_dir, commit = find_model(args.model, args.revision or run.get("commit"))
 
@@ -474,6 +483,11 @@ def main(argv=None):
         "limit": args.limit,
         "max_new_tokens": args.max_new_tokens,
     }
+    if finished and args.resume:
+        refuse_other_evaluation(results_dir, json.loads(metrics_path.read_text(encoding="utf-8")), identity)
+        print(f"Finished    {results_dir} is complete; nothing is left to ask")
+        print(f"\n{format_table(load_comparison(results_dir.parent, name, test_sha256))}")
+        return
     predictions, partial = open_partial(partial_path, identity, args)
     done = {(prediction["conversation_id"], prediction["turn"]) for prediction in predictions}
     remaining = [query for query in queries if (query["conversation_id"], query["turn"]) not in done]

@@ -475,33 +475,45 @@ def find_checkpoints(checkpoint_dir):
     return [folder for _, folder in sorted(found)]
 
 
-def open_checkpoint_dir(checkpoint_dir, identity, args):
+def describe_run(args, commit, split_sha256):
+    """All that the result of a run depends on, as it stands in run.json and, with more, in training_run.json."""
+    return {
+        "model_name": Path(args.model).expanduser().resolve().name,
+        "commit": commit,
+        "train_split_sha256": split_sha256,
+        "chat_template_sha256": hashlib.sha256(CHAT_TEMPLATE.encode()).hexdigest(),
+        "arguments": {key: value for key, value in vars(args).items() if key not in FREE_ARGUMENTS},
+    }
+
+
+def refuse_other_run(path, description):
+    """End the program if the run described in the JSON file `path` is not the one of `description`."""
+    try:
+        earlier = json.loads(path.read_text(encoding="utf-8"))
+        before = {**earlier, **earlier["arguments"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        sys.exit(f"error: {path} cannot be read: --overwrite starts anew")
+    now = {**description, **description["arguments"]}
+    changes = [f"{key} was {before.get(key)}, is {value}" for key, value in now.items()
+               if key != "arguments" and before.get(key) != value]
+    if changes:
+        sys.exit(f"error: {path.parent} belongs to another run ({', '.join(changes)}): repeat its arguments, or --overwrite it")
+
+
+def open_checkpoint_dir(checkpoint_dir, description, resume):
     """Make the checkpoint folder ready for this run; return the checkpoint to go on from, or None.
 
-    `identity` says what the result of a run depends on. It stands in the folder as run.json, and a run goes on only from
-    checkpoints of its own identity.
+    While a run is unfinished, its folder holds its description as run.json.
     """
-    run_path = checkpoint_dir / "run.json"
-    if checkpoint_dir.exists() and not (args.resume or args.overwrite):
-        sys.exit(f"error: {checkpoint_dir} holds an unfinished run: --resume goes on with it, --overwrite starts anew")
-    if args.resume and run_path.is_file():
-        try:
-            earlier = json.loads(run_path.read_text())
-        except ValueError:
-            sys.exit(f"error: {run_path} cannot be read: --overwrite starts anew")
-        different = [key for key in identity if earlier.get(key) != identity[key]]
-        if different:
-            changes = ", ".join(f"{key} was {earlier.get(key)}, is {identity[key]}" for key in different)
-            sys.exit(f"error: {checkpoint_dir} belongs to another run ({changes}): repeat its arguments, or --overwrite it")
+    if resume and (checkpoint_dir / "run.json").is_file():
+        refuse_other_run(checkpoint_dir / "run.json", description)
         whole = find_checkpoints(checkpoint_dir)
         for folder in set(checkpoint_dir.glob("checkpoint-*")) - set(whole):
             shutil.rmtree(folder)
-        if whole:
-            return whole[-1]
-    else:
-        shutil.rmtree(checkpoint_dir, ignore_errors=True)
-        checkpoint_dir.mkdir(parents=True)
-        write_json(run_path, identity)
+        return whole[-1] if whole else None
+    shutil.rmtree(checkpoint_dir, ignore_errors=True)
+    checkpoint_dir.mkdir(parents=True)
+    write_json(checkpoint_dir / "run.json", description)
     return None
 
 
@@ -648,6 +660,8 @@ def main(argv=None):
     is_main = int(os.environ.get("RANK", 0)) == 0  # torchrun starts several processes; one of them speaks and writes
     num_processes = int(os.environ.get("WORLD_SIZE", 1))
     output_dir = args.output_dir or default_output_dir(args.model)
+    if output_dir.name in ("", ".."):  # such as "."
+        output_dir = output_dir.resolve()
     checkpoint_dir = output_dir.with_name(output_dir.name + "-checkpoints")
 
     if num_processes == 1:  # one process trains on one GPU; torchrun gives each of several its own
@@ -657,16 +671,25 @@ def main(argv=None):
     split_sha256 = check_split(args.train_file)
     if args.report_to != "none" and importlib.util.find_spec(args.report_to) is None:
         sys.exit(f"error: --report-to {args.report_to} needs a package that is not installed: pip install {args.report_to}")
-    finished = (output_dir / "training_run.json").is_file()
-    if is_main and finished and not (args.resume or args.overwrite):
-        sys.exit(f"error: {output_dir} holds a finished run: --overwrite replaces it, --resume keeps it")
+    unfinished = (checkpoint_dir / "run.json").is_file()
+    finished = (output_dir / "training_run.json").is_file() and not unfinished
+    if is_main and not (args.resume or args.overwrite):
+        if unfinished:
+            sys.exit(f"error: {checkpoint_dir} holds an unfinished run: --resume goes on with it, --overwrite starts anew")
+        if finished:
+            sys.exit(f"error: {output_dir} holds a finished run: --overwrite replaces it, --resume keeps it")
+    for folder, mark in ((output_dir, "training_run.json"), (checkpoint_dir, "*run.json")):
+        if folder.exists() and not (folder.is_dir() and (any(folder.glob(mark)) or not any(folder.iterdir()))):
+            sys.exit(f"error: {folder} is in the way, and not the work of this script: move it, or choose another --output-dir")
     device, dtype = choose_device()
     if args.load_in_4bit and device != "cuda":
         sys.exit(f"error: --load-in-4bit needs a CUDA GPU, this machine has {device}: nf4 training is not reliable elsewhere")
     if args.push_to_hub and is_main:
         create_hub_repository(args.push_to_hub)
     model_dir, commit = find_model(args.model, args.revision)
+    description = describe_run(args, commit, split_sha256)
     if finished and args.resume:
+        refuse_other_run(output_dir / "training_run.json", description)
         if is_main:
             print(f"Finished    {output_dir} is complete; nothing is left to train")
             finish(args, output_dir, model_dir)
@@ -684,16 +707,9 @@ def main(argv=None):
     set_seed(args.seed)
     tokenizer, tag_pieces = claim_unused_slots(AutoTokenizer.from_pretrained(model_dir))
     tokenizer.chat_template = CHAT_TEMPLATE
-    identity = {
-        "model": Path(args.model).name,
-        "commit": commit,
-        "train_split_sha256": split_sha256,
-        "chat_template_sha256": hashlib.sha256(CHAT_TEMPLATE.encode()).hexdigest(),
-        **{key: value for key, value in vars(args).items() if key not in FREE_ARGUMENTS},
-    }
     checkpoint = None
     if is_main:
-        checkpoint = open_checkpoint_dir(checkpoint_dir, identity, args)
+        checkpoint = open_checkpoint_dir(checkpoint_dir, description, args.resume)
     elif args.resume:
         checkpoint = (find_checkpoints(checkpoint_dir) or [None])[-1]
     dataset, num_too_long = build_dataset(args.train_file, tokenizer, args, show_progress=is_main)
@@ -710,7 +726,7 @@ def main(argv=None):
         model, tokenizer, tag_pieces, dataset, args, device, dtype, checkpoint_dir, num_processes
     )
     if is_main:
-        print(f"Model       {args.model}" + (f", commit {commit}" if commit else "") + f", {dtype} on {device}")
+        print(f"Model       {args.model}" + (f", commit {commit}" if commit else "") + f", {str(dtype).removeprefix('torch.')} on {device}")
         print(f"Data        {len(trainer.train_dataset):,} conversations to train on, {len(trainer.eval_dataset):,} to validate "
               f"with; {num_too_long:,} dropped, longer than {args.max_length:,} tokens")
         if args.resume:
@@ -729,11 +745,9 @@ def main(argv=None):
     training_seconds = seconds - sum(entry.get("eval_runtime", 0.0) for entry in history)
     best_step = min(validations, key=validations.get)
     run = {
+        **description,
         "model": args.model,
-        "commit": commit,
         "arguments": {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()},
-        "train_split_sha256": split_sha256,
-        "chat_template_sha256": identity["chat_template_sha256"],
         "conversations": {
             "train": len(trainer.train_dataset),
             "validation": len(trainer.eval_dataset),
@@ -761,6 +775,7 @@ def main(argv=None):
         plot_losses(history, folder / "loss.png", f"{Path(args.model).name}: LoRA on function calling")
         (folder / "README.md").write_text(model_card(args, commit, run), encoding="utf-8")
         write_json(folder / "training_run.json", run)
+    os.replace(checkpoint_dir / "run.json", checkpoint_dir / "finished_run.json")
 
     print(f"Trained     {run['steps']:,} steps, {run['tokens_seen']:,} tokens in {seconds:,.0f} s "
           f"({run['tokens_per_second']:,.0f} tokens/s besides validation)")

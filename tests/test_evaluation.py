@@ -208,8 +208,9 @@ def test_base_and_tuned_are_scored_and_compared(tiny_model, splits, tuned, capsy
         assert metrics["queries"] == sum(metrics["finish_reasons"].values()) == len(queries)
         scores[name] = metrics["scores"]["function_calling"]["score"]
     assert scores["base"] < 0.2 and scores["tuned"] > 0.4  # the form of a call is learnt at once, its values are not
-    tuned_reasons = json.loads((results / "tuned" / "metrics.json").read_text())["finish_reasons"]
-    assert tuned_reasons["end_of_turn"] == len(queries)  # it learnt to end its turn
+    base_ends, tuned_ends = (json.loads((results / name / "metrics.json").read_text())["finish_reasons"]["end_of_turn"]
+                             for name in ("base", "tuned"))
+    assert base_ends == 0 and tuned_ends >= 6  # it learnt to end its turn
     table = capsys.readouterr().out.splitlines()[-2:]
     assert table[0].startswith("base, measured") and table[1].startswith("tuned, measured")
     assert f"{scores['tuned']:.3f}  n=6" in table[1]
@@ -254,6 +255,11 @@ def test_an_interrupted_evaluation_goes_on_where_it_stopped(tiny_model, splits, 
     assert (whole / "predictions.jsonl").read_bytes() == (cut / "predictions.jsonl").read_bytes()
     with pytest.raises(SystemExit, match="holds a finished evaluation: --overwrite"):
         evaluate(tuned, tiny_model, splits, "--output-dir", str(tmp_path / "cut"))
+    with pytest.raises(SystemExit, match="limit was None, is 3"):
+        evaluate(tuned, tiny_model, splits, "--output-dir", str(tmp_path / "cut"), "--resume", "--limit", "3")
+    calls.clear()
+    evaluate(tuned, tiny_model, splits, "--output-dir", str(tmp_path / "cut"), "--resume")  # nothing is left to do, nor done
+    assert not calls and (whole / "predictions.jsonl").read_bytes() == (cut / "predictions.jsonl").read_bytes()
 
 
 def test_a_prompt_too_long_for_the_model_is_a_counted_failure(tmp_path, splits):

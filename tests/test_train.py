@@ -386,9 +386,36 @@ def test_a_finished_run_is_neither_lost_nor_done_twice(finished, adapter, tiny_m
     arguments = ["--model", tiny_model, "--train-file", splits / "function_calling_train.jsonl", "--learning-rate", "0.01"]
     before = (adapter / "adapter_model.safetensors").stat().st_mtime_ns
     assert_fails_in_one_line(run_script(SCRIPT, *arguments, cwd=finished), "holds a finished run", "--overwrite")
+    other = run_script(SCRIPT, *arguments, "--resume", "--seed", "7", cwd=finished)
+    assert_fails_in_one_line(other, "another run", "seed was 42, is 7")
     resumed = run_script(SCRIPT, *arguments, "--resume", cwd=finished)
     assert resumed.returncode == 0 and "nothing is left to train" in resumed.stdout
     assert (adapter / "adapter_model.safetensors").stat().st_mtime_ns == before
+
+
+def test_an_overwriting_run_that_is_stopped_leaves_the_old_result_and_can_go_on(tiny_model, splits, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    arguments = ["--model", str(tiny_model), "--train-file", str(splits / "function_calling_train.jsonl"), "--max-steps", "1"]
+    train.main(arguments)
+    weights = tmp_path / "LoRA_tiny-gemma-function_calling" / "adapter_model.safetensors"
+    old = weights.read_bytes()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "build_trainer", lambda *arguments: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            train.main([*arguments, "--overwrite", "--seed", "7"])
+    assert weights.read_bytes() == old
+    train.main([*arguments, "--resume", "--seed", "7"])
+    assert weights.read_bytes() != old
+
+
+@pytest.mark.parametrize("name", [".", "work", "work/sub"])
+def test_a_folder_with_other_things_in_it_is_never_replaced(tiny_model, splits, tmp_path, name):
+    (tmp_path / "work" / "sub").mkdir(parents=True)
+    (tmp_path / "work" / "sub" / "thesis.txt").write_text("years of work")
+    arguments = ["--model", tiny_model, "--train-file", splits / "function_calling_train.jsonl", "--output-dir", name]
+    for extra in ([], ["--overwrite"]):
+        assert_fails_in_one_line(run_script(SCRIPT, *arguments, *extra, cwd=tmp_path), "is in the way", "--output-dir")
+    assert (tmp_path / "work" / "sub" / "thesis.txt").read_text() == "years of work"
 
 
 def test_a_run_killed_before_its_first_checkpoint_starts_from_the_beginning(tiny_model, splits, tmp_path, monkeypatch, capsys):
