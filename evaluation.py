@@ -11,20 +11,26 @@ draws comparison.png, and prints base, tuned and published scores side by side.
 """
 
 import argparse
+import ast
 import hashlib
 import importlib.metadata
 import json
 import logging
 import os
+import random
 import re
+import shutil
 import sys
+import textwrap
 import time
 import warnings
 from collections import Counter
+from itertools import zip_longest
 from pathlib import Path
 
 DEFAULT_MODEL = "google/gemma-3-1b-it"
 DEFAULT_TEST_FILE = Path("processed_data/function_calling_test.jsonl")
+TRAIN_FILE_NAME = "function_calling_train.jsonl"  # beside the test split; it tells which tools training has seen
 
 # Published scores (function calling, helpful exchange) on about 1,100 queries: the first 300 test conversations.
 PUBLISHED = {
@@ -33,6 +39,23 @@ PUBLISHED = {
 }
 
 KINDS = {"function_calling": "function calling", "helpful_exchange": "helpful exchange"}
+
+# The two published scores, then what a decision rests on. The words stand in the table and the chart.
+METRICS = {
+    **KINDS,
+    "name_right": "function name right",
+    "arguments_right": "arguments right",
+    "turn_right": "whole turn right",
+    "valid_call": "call fits its tool",
+    "precision": "decision: precision",
+    "recall": "decision: recall",
+    "f1": "decision: F1",
+}
+DECISIONS = ["call", "no_call", "malformed"]
+FAILURES = ["no_call", "unneeded_call", "malformed", "wrong_function", "wrong_arguments", "wrong_count", "truncated"]
+PROBLEMS = ["unknown function", "required argument missing", "argument not declared", "wrong type"]
+MAX_NESTING = 100  # levels of lists and objects in a call's arguments
+NUM_RESAMPLES, BOOTSTRAP_SEED = 2000, 0
 
 # Gemma's turns, for a base model whose tokenizer comes without a chat template.
 GEMMA_TURNS = (
@@ -62,6 +85,9 @@ def parse_args(argv=None):
     add("--limit", "use only the first N conversations (the published run: 300)", type=int)
     add("--batch-size", "queries generated at once", type=int, default=24)
     add("--max-new-tokens", "longest output, tokens", type=int, default=256)
+    add("--rescore", "compute everything again from predictions.jsonl: no model, no GPU, seconds", action="store_true")
+    add("--predictions", "score these predictions, made by something else (README.md names the fields)", type=Path, metavar="FILE")
+    add("--show-failures", "print N failures, reference and output side by side", type=int, default=0, metavar="N")
     add("--resume", "go on with an interrupted evaluation", action="store_true")
     add("--overwrite", "replace an earlier or unfinished evaluation", action="store_true")
     args = parser.parse_args(argv)
@@ -70,6 +96,8 @@ def parse_args(argv=None):
             parser.error(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
     if args.baseline and args.adapter:
         parser.error("--baseline scores the model without an adapter: leave out --adapter")
+    if args.predictions and (args.baseline or args.adapter or args.rescore):
+        parser.error("--predictions scores a file: leave out --baseline, --adapter and --rescore")
     if args.resume and args.overwrite:
         parser.error("--resume and --overwrite exclude each other")
     return args
@@ -120,6 +148,294 @@ def score_output(kind, reference, output):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Calls: what a turn says, and whether that is right
+
+
+class MalformedCall(ValueError):
+    """A turn whose tool calls cannot be read; its text is the reason."""
+
+
+def read_literal(text):
+    """Read JSON, or else a Python literal: the data exists in both spellings. Raises MalformedCall."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        pass
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of odd escapes in what a model wrote
+            return ast.literal_eval(text)
+    except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
+        raise MalformedCall("neither JSON nor a Python literal") from None
+
+
+def freeze(value, depth=0):
+    """A hashable stand-in for a JSON value, equal where the values are: 1 equals 1.0, true is not 1, key order is free.
+
+    Raises MalformedCall for what JSON cannot say and for nesting deeper than MAX_NESTING.
+    """
+    if depth > MAX_NESTING:
+        raise MalformedCall("nested too deeply")
+    if value is None or isinstance(value, (bool, str)):
+        return type(value).__name__, value
+    if isinstance(value, (int, float)):
+        return "number", value if value == value else "nan"
+    if isinstance(value, (list, tuple)):
+        return "list", tuple(freeze(item, depth + 1) for item in value)
+    if isinstance(value, dict) and all(isinstance(key, str) for key in value):
+        return "dict", frozenset((key, freeze(item, depth + 1)) for key, item in value.items())
+    raise MalformedCall("a value that JSON does not know")
+
+
+def parse_calls(text):
+    """The calls of a turn: [{"name", "arguments"}, ...], empty where it makes none. Linear in the length of `text`.
+
+    A call is what stands between <tool_call> and </tool_call>: JSON or a Python literal, an object with a name and arguments,
+    which may be JSON text themselves. Raises MalformedCall where any call of the turn is something else.
+    """
+    before, *parts = text.split("<tool_call>")
+    if "</tool_call>" in before:
+        raise MalformedCall("</tool_call> without <tool_call>")
+    calls = []
+    for part in parts:
+        body, closed, rest = part.partition("</tool_call>")
+        if not closed:
+            raise MalformedCall("<tool_call> without </tool_call>")
+        if "</tool_call>" in rest:
+            raise MalformedCall("</tool_call> without <tool_call>")
+        call = read_literal(body.strip())
+        if not isinstance(call, dict):
+            raise MalformedCall("not an object")
+        name, arguments = call.get("name"), call.get("arguments")
+        if not isinstance(name, str) or not name:
+            raise MalformedCall("no function name")
+        if isinstance(arguments, str):
+            arguments = read_literal(arguments)
+        if not isinstance(arguments, dict):
+            raise MalformedCall("arguments are not an object")
+        freeze(arguments)
+        calls.append({"name": name, "arguments": arguments})
+    return calls
+
+
+def read_tools(declared):
+    """Return ({name: schema of its parameters, None where broken}, number of broken declarations) of declared tools."""
+    import jsonschema
+
+    tools, num_broken = {}, 0
+    for tool in declared:
+        function = tool.get("function", tool) if isinstance(tool, dict) else None
+        name = function.get("name") if isinstance(function, dict) else None
+        if not isinstance(name, str):
+            num_broken += 1
+            continue
+        schema = function.get("parameters", {})
+        try:
+            jsonschema.Draft202012Validator.check_schema(schema)
+            if not isinstance(schema, dict):
+                raise jsonschema.SchemaError("not an object")
+        except (jsonschema.SchemaError, RecursionError):
+            schema = None
+        num_broken += schema is None or name in tools
+        tools.setdefault(name, schema)
+    return tools, num_broken
+
+
+def find_problems(call, tools):
+    """What the declared tools have against a call: a list of PROBLEMS, empty where nothing.
+
+    `tools` maps a declared name to the schema of its parameters, or to None where the declaration itself is broken.
+    """
+    import jsonschema
+    from referencing import Registry
+    from referencing.exceptions import Unresolvable
+
+    if call["name"] not in tools:
+        return ["unknown function"]
+    schema = tools[call["name"]]
+    if schema is None:
+        return []
+    try:
+        # With a registry of its own, a "$ref" in the data is never fetched.
+        validator = jsonschema.Draft202012Validator(schema, registry=Registry())
+        kinds = {error.validator for error in validator.iter_errors(call["arguments"])}
+    except (Unresolvable, RecursionError, re.error):
+        return []  # a declaration that only breaks when it is used
+    problems = []
+    declared = schema.get("properties", {})
+    if "required" in kinds:
+        problems.append("required argument missing")
+    if "additionalProperties" in kinds or any(name not in declared for name in call["arguments"]):
+        problems.append("argument not declared")
+    if kinds - {"required", "additionalProperties"}:
+        problems.append("wrong type")
+    return problems
+
+
+def judge_turn(reference, output, finish_reason, tools):
+    """Judge one output against its reference: a dict of verdicts, None where a question does not arise.
+
+    "decision" is call, no_call or malformed; "name_right", "arguments_right" and "turn_right" compare the calls of the turn
+    without regard to their order; "problems" holds what the declared `tools` have against each call; "failure" is one of
+    FAILURES or None. A reference whose own calls cannot be read is faulty, and nothing is compared with it.
+    """
+    verdict = {"expects_call": "<tool_call>" in reference, "faulty_reference": None, "malformed_reason": None, "problems": [],
+               "name_right": None, "arguments_right": None, "turn_right": None, "failure": None}
+    wanted, calls = [], []
+    try:
+        wanted = parse_calls(reference) if verdict["expects_call"] else []
+    except MalformedCall as reason:
+        verdict["faulty_reference"] = str(reason)
+    try:
+        calls = parse_calls(output)
+        verdict["decision"] = "call" if calls else "no_call"
+    except MalformedCall as reason:
+        verdict["decision"], verdict["malformed_reason"] = "malformed", str(reason)
+    verdict["problems"] = [find_problems(call, tools) for call in calls]
+
+    if wanted:
+        names, arguments = (Counter(map(key, calls)) == Counter(map(key, wanted))
+                            for key in (lambda call: call["name"], lambda call: freeze(call["arguments"])))
+        whole = Counter(map(freeze, calls)) == Counter(map(freeze, wanted))
+        verdict.update(name_right=names, arguments_right=arguments, turn_right=whole)
+    if verdict["faulty_reference"] or verdict["turn_right"]:
+        return verdict
+    ended, decision = finish_reason == "end_of_turn", verdict["decision"]
+    if not wanted and decision == "no_call" and ended:
+        return verdict
+    verdict["failure"] = (
+        "truncated" if not ended
+        else "malformed" if decision == "malformed"
+        else "unneeded_call" if not wanted
+        else "no_call" if decision == "no_call"
+        else "wrong_count" if len(calls) != len(wanted)
+        else "wrong_function" if not verdict["name_right"]
+        else "wrong_arguments"
+    )
+    return verdict
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Statistics
+
+
+def count_verdict(prediction, verdict):
+    """What one query adds to each metric: {metric: (numerator, denominator)}. Every metric is a ratio of two sums.
+
+    Precision, recall and F1 are of the decision to call; a malformed call is an attempt, and never a hit.
+    """
+    expects, attempts = verdict["expects_call"], verdict["decision"] != "no_call"
+    hit = expects and verdict["decision"] == "call"
+    counts = {prediction["kind"]: (prediction["score"], 1)}
+    for metric in ("name_right", "arguments_right", "turn_right"):
+        if verdict[metric] is not None:
+            counts[metric] = (verdict[metric], 1)
+    counts["valid_call"] = (sum(not problems for problems in verdict["problems"]), len(verdict["problems"]))
+    counts["precision"], counts["recall"], counts["f1"] = (hit, attempts), (hit, expects), (2 * hit, attempts + expects)
+    return counts
+
+
+def sum_by_conversation(counts, conversation_ids):
+    """Sum (numerator, denominator) pairs per conversation: an array of shape (conversations, metrics, 2).
+
+    `counts` is a list of (conversation id, {metric: (numerator, denominator)}).
+    """
+    import numpy
+
+    row = {conversation_id: position for position, conversation_id in enumerate(conversation_ids)}
+    column = {metric: position for position, metric in enumerate(METRICS)}
+    sums = numpy.zeros((len(row), len(column), 2))
+    for conversation_id, metrics in counts:
+        for metric, pair in metrics.items():
+            sums[row[conversation_id], column[metric]] += pair
+    return sums
+
+
+def draw_resamples(num_conversations):
+    """How often each conversation is drawn in each bootstrap resample: shape (NUM_RESAMPLES, conversations), seeded."""
+    import numpy
+
+    share = numpy.full(num_conversations, 1 / num_conversations)
+    return numpy.random.default_rng(BOOTSTRAP_SEED).multinomial(num_conversations, share, size=NUM_RESAMPLES)
+
+
+def estimate(sums, other=None):
+    """Value, n and 95 % bootstrap interval of each metric: {metric: {"value", "n", "interval": [low, high]}}.
+
+    `sums` comes from sum_by_conversation. Conversations are resampled, not queries, because the turns of one are not
+    independent. With `other`, the sums of another model on the same conversations, the paired difference `sums` - `other`.
+    """
+    import numpy
+
+    def ratios(sums):
+        with numpy.errstate(invalid="ignore", divide="ignore"):
+            return sums[..., 0] / sums[..., 1]
+
+    if not len(sums):
+        return {}
+    resamples = draw_resamples(len(sums)).astype(float)
+    values = ratios(sums.sum(axis=0))
+    drawn = ratios(numpy.einsum("rc,cmp->rmp", resamples, sums, optimize=True))
+    if other is not None:
+        values = values - ratios(other.sum(axis=0))
+        drawn = drawn - ratios(numpy.einsum("rc,cmp->rmp", resamples, other, optimize=True))
+    result = {}
+    for position, metric in enumerate(METRICS):
+        defined = drawn[:, position][~numpy.isnan(drawn[:, position])]
+        if numpy.isnan(values[position]):
+            continue
+        low, high = numpy.percentile(defined, [2.5, 97.5])
+        n = int(sums[:, position, 1].sum())
+        result[metric] = {"value": float(values[position]), "n": n, "interval": [float(low), float(high)]}
+    return result
+
+
+def judge_predictions(predictions, tools_of, seen_tools):
+    """Judge every prediction. Returns (verdicts in their order, the report: scores and counts, {query: its counts}).
+
+    `tools_of` maps a conversation id to its declared tools, `seen_tools` is the set of tool names of the train split, or
+    None where that split is not at hand.
+    """
+    read = {conversation_id: read_tools(tools_of[conversation_id]) for conversation_id in
+            {prediction["conversation_id"] for prediction in predictions}}
+    verdicts, counts, groups = [], {}, {}
+    for prediction in predictions:
+        tools, _ = read[prediction["conversation_id"]]
+        verdict = judge_turn(prediction["reference"], prediction["output"], prediction["finish_reason"], tools)
+        verdicts.append(verdict)
+        key = prediction["conversation_id"], prediction["turn"]
+        counts[key] = count_verdict(prediction, verdict)
+        # A query is about the tools it calls, or else about those it might call.
+        names = set(tools)
+        if verdict["expects_call"] and not verdict["faulty_reference"]:
+            names = {call["name"] for call in parse_calls(prediction["reference"])}
+        groups[key] = None if seen_tools is None or not names else "seen" if names <= seen_tools else "unseen"
+
+    def estimate_group(group):
+        chosen = [(key[0], counts[key]) for key in counts if group in ("all", groups[key])]
+        return estimate(sum_by_conversation(chosen, dict.fromkeys(conversation_id for conversation_id, _ in chosen)))
+
+    decisions = Counter((verdict["expects_call"], verdict["decision"]) for verdict in verdicts)
+    failures = Counter(verdict["failure"] for verdict in verdicts)
+    report = {
+        "scores": estimate_group("all"),
+        "scores_on_seen_tools": estimate_group("seen"),
+        "scores_on_unseen_tools": estimate_group("unseen"),
+        "decisions": {
+            needed: {decision: decisions[expects, decision] for decision in DECISIONS}
+            for needed, expects in (("call_needed", True), ("no_call_needed", False))
+        },
+        "failures": {failure: failures[failure] for failure in FAILURES},
+        "malformed_reasons": dict(Counter(v["malformed_reason"] for v in verdicts if v["malformed_reason"]).most_common()),
+        "problems": {problem: sum(problem in problems for verdict in verdicts for problems in verdict["problems"])
+                     for problem in PROBLEMS},
+        "faulty_references": sum(bool(verdict["faulty_reference"]) for verdict in verdicts),
+        "broken_declarations": sum(num_broken for _, num_broken in read.values()),
+    }
+    return verdicts, report, counts
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # What is read: the test split, the base model and its adapter
 
 
@@ -128,32 +444,53 @@ def sha256_of_file(path):
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def read_queries(path, limit=None):
-    """Read the queries of a split: [{"conversation_id", "turn", "kind", "reference", "prompt"}, ...] in its order.
+def check_messages(messages):
+    """Raise ValueError unless `messages` are turns of a conversation in which the model speaks."""
+    previous = None
+    for message in messages:
+        role = message["role"]
+        if role not in ("user", "assistant", "tool") or not isinstance(message["content"], str):
+            raise ValueError("a role or a content is wrong")
+        if (role == "assistant") != (previous in ("user", "tool")) or (previous is None and role == "tool"):
+            raise ValueError("turns are out of order")
+        previous = role
+    if not any(message["role"] == "assistant" for message in messages):
+        raise ValueError("no turn of the model")
 
-    "turn" is the position of the model turn among the messages, "prompt" the messages before it. A bad line ends the program.
+
+def parse_declared(row):
+    """The list of tools that a row of a split declares as JSON text."""
+    tools = json.loads(row.get("tools") or "[]")
+    if not isinstance(tools, list):
+        raise ValueError("tools is not a list")
+    return tools
+
+
+def read_queries(path, limit=None):
+    """Read the queries of a split: [{"conversation_id", "turn", "kind", "reference", "prompt", "tools"}, ...] in its order.
+
+    "turn" is the position of the model turn among the messages, "prompt" the messages before it, "tools" the list of declared
+    tools. A bad line ends the program.
     """
     if not path.is_file():
         sys.exit(f"error: {path} not found: run prepare_function_calling_dataset.py first, or give --test-file")
-    queries, ids = [], set()
-    with open(path, encoding="utf-8", newline="\n") as file:
+    queries, ids, num_rows = [], set(), 0
+    with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
-            if limit is not None and number > limit:
+            if not line.strip():
+                continue
+            num_rows += 1
+            if limit is not None and num_rows > limit:
                 break
             try:
                 row = json.loads(line)
-                conversation_id, messages = row["id"], row["messages"]
-                for message in messages:
-                    if message["role"] not in ("user", "assistant", "tool") or not isinstance(message["content"], str):
-                        raise ValueError("a role or a content is wrong")
-                if conversation_id in ids:
-                    raise ValueError(f"id {conversation_id} stands twice")
-            except json.JSONDecodeError as error:
-                sys.exit(f"error: {path}, line {number}: invalid JSON ({error.msg}); make it again with "
-                         "prepare_function_calling_dataset.py")
-            except (KeyError, TypeError, ValueError) as error:
-                sys.exit(f"error: {path}, line {number}: not a conversation ({error}); make it again with "
-                         "prepare_function_calling_dataset.py")
+                conversation_id, messages, tools = row["id"], row["messages"], parse_declared(row)
+                check_messages(messages)
+                if not isinstance(conversation_id, str) or conversation_id in ids:
+                    raise ValueError("its id is missing or stands twice")
+            except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
+                kind = "invalid JSON" if isinstance(error, (json.JSONDecodeError, RecursionError)) else "not a conversation"
+                sys.exit(f"error: {path}, line {number}: {kind} ({error}); make it again with prepare_function_calling_dataset.py")
             ids.add(conversation_id)
             for turn, message in enumerate(messages):
                 if message["role"] == "assistant":
@@ -163,6 +500,7 @@ def read_queries(path, limit=None):
                         "kind": "function_calling" if "<tool_call>" in message["content"] else "helpful_exchange",
                         "reference": message["content"].strip(),
                         "prompt": messages[:turn],
+                        "tools": tools,
                     })
     if not queries:
         sys.exit(f"error: {path}: no model turn to score")
@@ -170,31 +508,53 @@ def read_queries(path, limit=None):
 
 
 def find_model(model, revision):
-    """Return (folder, commit) of a model given as a local folder (commit None) or as a hub id, which is downloaded."""
-    folder = Path(model).expanduser()
+    """Return (folder, commit) of a Gemma 3 text model: a local folder (commit None), or a hub id, which is downloaded."""
+    folder, commit = Path(model).expanduser(), None
     if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            sys.exit(f"error: --model {model}: the folder holds no config.json, so it is no Transformers model")
-        return folder, None
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", model) or model.startswith("."):
+        if revision:
+            sys.exit(f"error: --revision {revision}: --model {model} is a local folder, which has no revisions")
+    elif not re.fullmatch(r"\w[\w.-]*/[\w.-]+", model):
         sys.exit(f"error: --model {model}: no such folder, and not a hub id such as {DEFAULT_MODEL}")
+    else:
+        folder = download_model(model, revision)
+        commit = folder.name
+    for name in ("config.json", "tokenizer.json"):
+        if not (folder / name).is_file():
+            sys.exit(f"error: --model {model}: {folder} holds no {name}, so it is no whole Transformers model")
+    try:
+        model_type = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]
+    except (ValueError, KeyError, TypeError):
+        sys.exit(f"error: --model {model}: {folder / 'config.json'} cannot be read")
+    if model_type != "gemma3_text":
+        sys.exit(f"error: --model {model}: a {model_type} model; this workflow is for Gemma 3 text models (gemma3_text)")
+    return folder, commit
 
+
+def download_model(model, revision):
+    """Download a model from the hub, or find it in the cache; returns its folder, which is named after the commit."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError
-    from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+    from huggingface_hub.errors import GatedRepoError, HTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
     try:
-        folder = snapshot_download(model, revision=revision, allow_patterns=["*.json", "*.safetensors", "*.jinja"])
+        return Path(snapshot_download(model, revision=revision, allow_patterns=["*.json", "*.safetensors", "*.jinja"]))
     except GatedRepoError:  # a subclass of RepositoryNotFoundError
         sys.exit(f"error: {model} is gated: accept its licence at https://huggingface.co/{model}, then run `hf auth login`")
     except RepositoryNotFoundError:
         sys.exit(f"error: {model} was not found on the hub: check --model, or run `hf auth login` if it is private")
     except RevisionNotFoundError:
         sys.exit(f"error: {model} has no revision {revision}: check --revision")
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+    except (OSError, HTTPError, ValueError) as error:
         reason = str(error.__cause__ or error).splitlines()[0]
         sys.exit(f"error: {model} could not be downloaded ({reason}): check the network and HF_ENDPOINT, then run this again")
-    return Path(folder), Path(folder).name
+
+
+def load_tokenizer(folder):
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # the tokenizers library raises plain Exceptions
+        sys.exit(f"error: {folder}: the tokenizer cannot be loaded: {str(error).splitlines()[0]}")
 
 
 def model_name(model):
@@ -203,13 +563,14 @@ def model_name(model):
 
 def check_adapter(adapter_dir, model):
     """Return training_run.json of an adapter; end the program if the adapter is missing, unsafe or not this model's."""
-    for name in ("adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "chat_template.jinja", "training_run.json"):
+    for name in ("adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
+                 "training_run.json"):
         if not (adapter_dir / name).is_file():
             sys.exit(f"error: {adapter_dir / name} not found: run function_calling_train.py first, give --adapter, or score the "
                      "untuned model with --baseline")
     try:
         run = json.loads((adapter_dir / "training_run.json").read_text(encoding="utf-8"))
-        trained_on, template_sha256 = run["model"], run["chat_template_sha256"]
+        trained_on, template_sha256, _ = run["model"], run["chat_template_sha256"], model_name(run["model"])
     except (ValueError, KeyError, TypeError):
         sys.exit(f"error: {adapter_dir / 'training_run.json'} cannot be read: run function_calling_train.py again")
     if model_name(trained_on) != model_name(model):
@@ -238,19 +599,21 @@ def load_model(model_dir, adapter_dir, device, dtype):
     """
     import torch
     from peft import PeftModel
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
+    reading = model_dir
     try:
         model = AutoModelForCausalLM.from_pretrained(
             model_dir, dtype=torch.float32 if adapter_dir else dtype, attn_implementation="sdpa", use_safetensors=True
         )
-    except (OSError, ValueError) as error:
-        sys.exit(f"error: {model_dir}: the model cannot be loaded: {str(error).splitlines()[0]}")
-    if adapter_dir:
-        try:
+        if adapter_dir:
+            reading = adapter_dir
             model = PeftModel.from_pretrained(model, adapter_dir).merge_and_unload()
-        except (ValueError, RuntimeError) as error:
-            sys.exit(f"error: {adapter_dir}: the adapter does not fit the model: {str(error).splitlines()[0]}")
+    except torch.OutOfMemoryError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        sys.exit(f"error: {reading}: the {'adapter' if reading == adapter_dir else 'model'} cannot be loaded: {str(error).splitlines()[0]}")
     return model.to(device, dtype).eval()
 
 
@@ -305,8 +668,8 @@ def generate_batch(model, prompts, stop_ids, pad_id, max_new_tokens):
     return outputs
 
 
-def answer_queries(queries, model, tokenizer, scorer, args, record):
-    """Generate and score an output for each query, longest prompts first; `record` takes each batch of predictions."""
+def answer_queries(queries, model, tokenizer, scorer, args):
+    """Generate and score an output for each query, longest prompts first; yields the predictions batch by batch."""
     from tqdm import tqdm
 
     stop_ids = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<end_of_turn>")]
@@ -322,7 +685,7 @@ def answer_queries(queries, model, tokenizer, scorer, args, record):
     # A prompt that does not fit is a failure to be counted; cutting it would take away what it asks for.
     too_long = [index for index, prompt in enumerate(prompts) if len(prompt) > longest_prompt]
     if too_long:
-        record([predict(queries[index], prompts[index], "", "prompt_too_long", 0) for index in too_long])
+        yield [predict(queries[index], prompts[index], "", "prompt_too_long", 0) for index in too_long]
     order = sorted(set(range(len(queries))) - set(too_long), key=lambda index: (-len(prompts[index]), index))
     with tqdm(total=len(queries), initial=len(too_long), desc="Answering", unit=" queries", disable=None) as progress:
         for start in range(0, len(order), args.batch_size):
@@ -334,7 +697,7 @@ def answer_queries(queries, model, tokenizer, scorer, args, record):
             for index, (tokens, ended) in zip(batch, outputs):
                 text = tokenizer.decode(tokens, skip_special_tokens=True).strip()
                 predictions.append(predict(queries[index], prompts[index], text, "end_of_turn" if ended else "max_new_tokens", len(tokens)))
-            record(predictions)
+            yield predictions
             progress.update(len(batch))
 
 
@@ -350,7 +713,7 @@ def write_json(path, content):
 def write_text(path, text):
     """Write a file whole or not at all."""
     unfinished = path.with_name(path.name + ".unfinished")
-    unfinished.write_text(text, encoding="utf-8")
+    unfinished.write_text(text, encoding="utf-8", errors="surrogatepass")  # a model may say anything
     os.replace(unfinished, path)
 
 
@@ -361,116 +724,287 @@ def refuse_other_evaluation(path, earlier, identity):
         sys.exit(f"error: {path} belongs to another evaluation ({', '.join(changes)}): repeat its arguments, or --overwrite it")
 
 
-def open_partial(path, identity, args):
-    """Return (the predictions an interrupted evaluation left, the file to append further ones to).
+def read_partial(path, identity, args):
+    """The predictions that an interrupted evaluation left; it ends the program if they are not to be used.
 
     The file's first line is `identity`, what the predictions depend on: an evaluation goes on only with its own.
     """
-    if path.exists() and not (args.resume or args.overwrite):
+    if not path.exists() or args.overwrite:
+        return []
+    if not args.resume:
         sys.exit(f"error: {path} holds an unfinished evaluation: --resume goes on with it, --overwrite starts anew")
-    predictions = []
-    if args.resume and path.exists():
-        lines = path.read_bytes().split(b"\n")[:-1]  # what follows the last line end was torn by the interruption
-        try:
-            lines = [json.loads(line) for line in lines]
-        except ValueError:
-            sys.exit(f"error: {path} cannot be read: --overwrite starts anew")
-        if lines:
-            refuse_other_evaluation(path, lines[0], identity)
-            predictions = lines[1:]
+    try:
+        # What follows the last line end was torn by the interruption.
+        earlier, *predictions = [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]] or [identity]
+        done = [(prediction["conversation_id"], prediction["turn"]) for prediction in predictions]
+    except (ValueError, KeyError, TypeError):
+        sys.exit(f"error: {path} cannot be read: --overwrite starts anew")
+    if len(set(done)) < len(done):
+        sys.exit(f"error: {path} holds a prediction twice: --overwrite starts anew")
+    refuse_other_evaluation(path, earlier, identity)
+    return predictions
+
+
+def open_partial(path, identity, predictions):
+    """Open the file of an unfinished evaluation, with what is already answered in it, to append further predictions."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in [identity, *predictions]))
-    return predictions, open(path, "a", encoding="utf-8")
+    return open(path, "a", encoding="utf-8")
 
 
-def summarize(predictions):
-    """Mean score and number of queries of each kind: {kind: {"score": ..., "n": ...}}; score None where n is 0."""
-    summary = {}
-    for kind in KINDS:
-        scores = [prediction["score"] for prediction in predictions if prediction["kind"] == kind]
-        summary[kind] = {"score": sum(scores) / len(scores) if scores else None, "n": len(scores)}
-    return summary
+def read_predictions(path, queries):
+    """Read a predictions.jsonl and join it with the queries of the test split: predictions in the order of the split.
+
+    A line needs "conversation_id", "turn" and "output". Without "finish_reason" the output counts as ended, and "score" may be
+    missing. A line that is no prediction of this split ends the program.
+    """
+    place = {(query["conversation_id"], query["turn"]): position for position, query in enumerate(queries)}
+    found = {}
+    if not path.is_file():
+        sys.exit(f"error: {path} not found: run evaluation.py without --rescore first, or give --predictions")
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                prediction = json.loads(line)
+                key = prediction["conversation_id"], prediction["turn"]
+                if not isinstance(prediction["output"], str):
+                    raise ValueError("output is no text")
+                if key not in place:
+                    raise ValueError("no such conversation_id and turn in the test split")
+                if key in found:
+                    raise ValueError("a conversation_id and turn stand twice")
+            except (KeyError, TypeError, ValueError, RecursionError) as error:
+                sys.exit(f"error: {path}, line {number}: not a prediction for this test split ({error})")
+            query = queries[place[key]]
+            kept = {field: query[field] for field in ("conversation_id", "turn", "kind", "reference")}
+            found[key] = {"finish_reason": "end_of_turn", "score": None, **prediction, **kept}
+    if not found:
+        sys.exit(f"error: {path}: no prediction in it")
+    return [found[key] for key in sorted(found, key=place.get)]
 
 
-def load_comparison(model_results_dir, name, test_sha256):
-    """What there is to compare: [(label, {kind: {"score", "n"}})], measured runs on this very split and published figures."""
-    rows = []
-    for folder in sorted(model_results_dir.iterdir(), key=lambda folder: (folder.name != "base", folder.name)):
-        if (folder / "metrics.json").is_file():
-            metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-            if metrics["test_split_sha256"] == test_sha256:
-                rows.append((f"{folder.name}, measured", metrics["scores"]))
-    for label, scores in PUBLISHED.get(name, {}).items():
-        rows.append((f"{label}, published", {kind: {"score": score, "n": None} for kind, score in zip(KINDS, scores)}))
-    return rows
+def score_predictions(predictions, model, revision):
+    """Give each prediction that has none its published score, in the tokens of the model's stock tokenizer."""
+    without = [prediction for prediction in predictions if not isinstance(prediction["score"], (int, float))]
+    if not without:
+        return
+    from tokenizers import Tokenizer  # not transformers, which takes seconds to import
+
+    tokenizer = Tokenizer.from_file(str(find_model(model, revision)[0] / "tokenizer.json"))
+    for prediction in without:
+        texts = (prediction["reference"], prediction["output"].strip().encode(errors="replace").decode())
+        tokens = [tokenizer.encode(text, add_special_tokens=False).ids for text in texts]
+        prediction["score"] = score_output(prediction["kind"], *tokens)
 
 
-def format_table(rows):
-    """The comparison as text: a row per model, a score and its n per kind."""
-    width = max(len(label) for label, _ in rows)
-    lines = [" " * width + "".join(f"{title:>25}" for title in KINDS.values())]
-    for label, scores in rows:
-        cells = []
-        for kind in KINDS:
-            score, n = scores[kind]["score"], scores[kind]["n"]
-            count = "" if n is None else f"  n={n:,}"
-            cells.append(("-" if score is None else f"{score:.3f}") + f"{count:<10}")
-        lines.append(f"{label:<{width}}" + "".join(f"{cell:>25}" for cell in cells))
-    if any(scores[kind]["n"] is None for _, scores in rows for kind in KINDS):
-        lines.append("Published figures: about 1,100 queries of the first 300 test conversations.")
+def read_seen_tools(test_file):
+    """The tools, declared or called, of the train split beside the test split; None where there is none."""
+    path = test_file.with_name(TRAIN_FILE_NAME)
+    if not path.is_file():
+        return None
+    seen = set()
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+                check_messages(row["messages"])
+                seen |= set(read_tools(parse_declared(row))[0])
+                said = [message["content"] for message in row["messages"] if message["role"] == "assistant"]
+            except (AttributeError, KeyError, TypeError, ValueError, RecursionError):
+                sys.exit(f"error: {path}, line {number}: not a conversation; make it again with "
+                         "prepare_function_calling_dataset.py")
+            for content in said:
+                try:
+                    seen |= {call["name"] for call in parse_calls(content)}
+                except MalformedCall:
+                    pass
+    return seen
+
+
+def load_base(base_dir, test_sha256, queries):
+    """The predictions of an earlier evaluation of the base model on this very test split, or None."""
+    try:
+        metrics = json.loads((base_dir / "metrics.json").read_text(encoding="utf-8"))
+        if metrics["run"]["test_split_sha256"] != test_sha256:
+            return None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return read_predictions(base_dir / "predictions.jsonl", queries)
+
+
+def compare_with_base(counts, base_counts):
+    """Paired difference to the base model on the queries both answered: {metric: {"value", "n", "interval"}}.
+
+    `counts` and `base_counts` map (conversation id, turn) to what the query adds to each metric.
+    """
+    common = [key for key in counts if key in base_counts]
+    conversation_ids = dict.fromkeys(conversation_id for conversation_id, _ in common)
+    ours, base = (sum_by_conversation([(key[0], run[key]) for key in common], conversation_ids) for run in (counts, base_counts))
+    return estimate(ours, base)
+
+
+def format_table(label, report, base_report, published):
+    """The scores as text: a row per metric; base, this model, their difference and the published figures beside each other.
+
+    Values stand with their 95 % intervals. `base_report` is None where only the base, or no base, was evaluated.
+    """
+    def cell(estimates, metric, sign=""):
+        entry = estimates.get(metric)
+        return "-" if entry is None else f"{entry['value']:{sign}.3f} [{entry['interval'][0]:{sign}.3f}, {entry['interval'][1]:{sign}.3f}]"
+
+    reports = [report] if base_report is None else [base_report, report]
+    titles = [label] if base_report is None else ["base", label, f"{label} - base"]
+    if published:
+        titles.append("published")
+    rows = [["", "n", *titles]]
+    groups = [("scores", ""), ("scores_on_seen_tools", ", tools seen in training"), ("scores_on_unseen_tools", ", tools never seen")]
+    for group, suffix in groups:
+        for metric, title in METRICS.items() if group == "scores" else [("turn_right", METRICS["turn_right"])]:
+            numbers = [str(run[group][metric]["n"]) if metric in run[group] else "0" for run in reports]
+            row = [title + suffix, "/".join(dict.fromkeys(numbers)), *(cell(run[group], metric) for run in reports)]
+            if base_report is not None:
+                row.append(cell(report["difference_to_base"], metric, "+") if group == "scores" else "")
+            if published:
+                row.append(published.get(metric, "") if group == "scores" else "")
+            rows.append(row)
+    lines = format_columns(rows)
+    if published:
+        lines.append("Published: base -> tuned, as in its README / its notebook; about 1,100 queries of the first 300 test conversations.")
+    lines += ["", *format_columns([["failures", *(titles[:len(reports)])]] + [
+        [failure, *(f"{run['failures'][failure]:,}" for run in reports)] for failure in FAILURES])]
+    if report["faulty_references"]:
+        lines.append(f"{report['faulty_references']:,} references hold a call that cannot be read; they are left out of the call scores.")
     return "\n".join(lines)
 
 
-def plot_comparison(rows, path, title):
-    """Draw the comparison as bars, a group per kind of turn."""
+def format_columns(rows):
+    """Lines of a table: the first column flush left, the others flush right."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return ["  ".join(text.rjust(width) if column else text.ljust(width) for column, (text, width) in enumerate(zip(row, widths))).rstrip()
+            for row in rows]
+
+
+def format_failures(predictions, verdicts, number):
+    """`number` failures, chosen with a seed, as text: the reference on the left, the output on the right."""
+    failed = [(p, v) for p, v in zip(predictions, verdicts) if v["failure"]]
+    chosen = random.Random(BOOTSTRAP_SEED).sample(failed, min(number, len(failed)))
+    width = max(30, (shutil.get_terminal_size().columns - 3) // 2)
+    lines = []
+    for prediction, verdict in chosen:
+        reason = f" ({verdict['malformed_reason']})" if verdict["malformed_reason"] else ""
+        lines += ["", f"{verdict['failure']}{reason}: conversation {prediction['conversation_id']}, turn {prediction['turn']}"]
+        sides = [[piece for line in (title, *prediction[key].splitlines()) for piece in textwrap.wrap(line, width) or [""]]
+                 for title, key in (("REFERENCE", "reference"), ("OUTPUT", "output"))]
+        lines += [f"{left:<{width}} | {right}" for left, right in zip_longest(*sides, fillvalue="")]
+    return "\n".join(lines)
+
+
+def plot_comparison(label, report, base_report, name, path):
+    """Draw the scores of base and this model with their intervals beside the published ones, and the failure classes."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    colors = ["#999999", "#0072B2", "#56B4E9", "#E69F00", "#D55E00", "#CC79A7"]  # Okabe and Ito: safe for colour-blind eyes
-    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
-    width = 0.8 / len(rows)
-    for position, (label, scores) in enumerate(rows):
-        values = [scores[kind]["score"] or 0.0 for kind in KINDS]
-        places = [group + (position - (len(rows) - 1) / 2) * width for group in range(len(KINDS))]
-        bars = axes.bar(places, values, width * 0.92, label=label, color=colors[position % len(colors)],
-                        hatch="//" if label.endswith("published") else None, edgecolor="white")
-        axes.bar_label(bars, fmt="%.2f", fontsize=9)
-    axes.set(title=title, ylabel="score", ylim=(0, 1.08))
-    axes.set_xticks(range(len(KINDS)), KINDS.values())
-    axes.legend(fontsize=9, loc="upper center", bbox_to_anchor=(0.5, -0.08), ncols=2, frameon=False)
-    figure.savefig(path, dpi=150)
+    runs = [(label, report, "#0072B2")] if base_report is None else [("base", base_report, "#E69F00"), (label, report, "#0072B2")]
+    shown = [*KINDS, "name_right", "arguments_right", "turn_right", "f1"]
+    plt.rcParams.update({"font.size": 15})
+    figure, (left, right) = plt.subplots(1, 2, figsize=(15, 6.5), width_ratios=[1.7, 1], layout="constrained")
+    height = 0.8 / len(runs)
+    for position, (title, run, color) in enumerate(runs):
+        for row, metric in enumerate(shown):
+            if entry := run["scores"].get(metric):
+                place = row + (position - (len(runs) - 1) / 2) * height
+                low, high = entry["interval"]
+                left.barh(place, entry["value"], height * 0.9, color=color, label=title if row == 0 else None)
+                left.plot([low, high], [place, place], color="black", linewidth=2)
+                left.text(max(high, entry["value"]) + 0.015, place, f"{entry['value']:.2f}", va="center", fontsize=13)
+        right.barh([row + (position - (len(runs) - 1) / 2) * height for row in range(len(FAILURES))],
+                   [run["failures"][failure] for failure in FAILURES], height * 0.9, color=color)
+    for row, kind in enumerate(KINDS):
+        for which, marker in zip(PUBLISHED.get(name, {}), "^Ds"):
+            score = PUBLISHED[name][which][list(KINDS).index(kind)]
+            left.plot(score, row + 0.48, marker=marker, color="#CC79A7", markeredgecolor="black", markersize=11, linestyle="",
+                      label=f"published, {which}" if row == 0 else None, clip_on=False)
+    left.set(xlim=(0, 1.1), title=f"{name}: score with 95 % interval")
+    left.set_yticks(range(len(shown)), [METRICS[metric] for metric in shown])
+    right.set(title="failures by class, queries")
+    right.set_yticks(range(len(FAILURES)), [failure.replace("_", " ") for failure in FAILURES])
+    for axes in (left, right):
+        axes.invert_yaxis()
+        axes.grid(axis="x", alpha=0.3)
+        axes.set_axisbelow(True)
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False, fontsize=14)
+    unfinished = path.with_name(f".{path.name}")
+    figure.savefig(unfinished, dpi=100)
     plt.close(figure)
+    os.replace(unfinished, path)
+
+
+def write_report(args, results_dir, label, name, queries, predictions, facts):
+    """Judge the predictions, write metrics.json (with `facts` of the run) and comparison.png, and print the table."""
+    tools_of = {query["conversation_id"]: query["tools"] for query in queries}
+    seen_tools = read_seen_tools(args.test_file)
+    verdicts, report, counts = judge_predictions(predictions, tools_of, seen_tools)
+    base_report, base = None, None if label == "base" else load_base(results_dir.parent / "base", facts["test_split_sha256"], queries)
+    report["difference_to_base"] = {}
+    if base:
+        _, base_report, base_counts = judge_predictions(base, tools_of, seen_tools)
+        report["difference_to_base"] = compare_with_base(counts, base_counts)
+    reasons = Counter(prediction["finish_reason"] for prediction in predictions)
+    ends = {reason: reasons[reason] for reason in ("end_of_turn", "max_new_tokens", "prompt_too_long")}
+    write_json(results_dir / "metrics.json", {**report, "queries": len(predictions), "finish_reasons": ends, "run": facts})
+    plot_comparison(label, report, base_report, name, results_dir.parent / "comparison.png")
+    published = {}
+    for position, kind in enumerate(KINDS if name in PUBLISHED else ()):
+        base_score, *tuned_scores = (scores[position] for scores in PUBLISHED[name].values())
+        published[kind] = f"{base_score} -> " + " / ".join(map(str, tuned_scores))
+    print(f"Written to  {results_dir}/: predictions.jsonl, metrics.json; {results_dir.parent / 'comparison.png'}")
+    print(f"\n{format_table(label, report, base_report, published)}")
+    if seen_tools is None:
+        print(f"{args.test_file.with_name(TRAIN_FILE_NAME)} is not there, so tools cannot be told into seen and never seen.")
+    if args.show_failures:
+        print(format_failures(predictions, verdicts, args.show_failures))
 
 
 def main(argv=None):
     args = parse_args(argv)
     name = model_name(args.model)
     default_adapter = Path(f"LoRA_{name}-function_calling")
-    adapter_dir = None if args.baseline else args.adapter or default_adapter
-    run = check_adapter(adapter_dir, args.model) if adapter_dir else {}
-    queries = read_queries(args.test_file, args.limit)
-    test_sha256 = sha256_of_file(args.test_file)
-    label = "base" if args.baseline else "tuned" if args.adapter in (None, default_adapter) else args.adapter.resolve().name
+    if args.predictions:
+        label = args.predictions.stem
+    else:
+        is_default = args.adapter is None or args.adapter.resolve() == default_adapter.resolve()
+        label = "base" if args.baseline else "tuned" if is_default else args.adapter.resolve().name
+    if not args.baseline and label == "base":
+        sys.exit("error: results named base are those of the untuned model: give the adapter or predictions another name")
     results_dir = args.output_dir / name / label
-    metrics_path, partial_path = results_dir / "metrics.json", results_dir / "predictions.partial.jsonl"
-    finished = metrics_path.is_file() and not partial_path.exists()
+    queries = read_queries(args.test_file, None if args.predictions or args.rescore else args.limit)
+    test_sha256 = sha256_of_file(args.test_file)
+    if args.predictions or args.rescore:
+        rescore(args, results_dir, label, name, queries, test_sha256)
+        return
+
+    adapter_dir = None if args.baseline else args.adapter or default_adapter
+    training_run = check_adapter(adapter_dir, args.model) if adapter_dir else {}
+    partial_path = results_dir / "predictions.partial.jsonl"
+    finished = all((results_dir / file).is_file() for file in ("metrics.json", "predictions.jsonl")) and not partial_path.exists()
     if finished and not (args.resume or args.overwrite):
-        sys.exit(f"error: {results_dir} holds a finished evaluation: --overwrite replaces it, --output-dir keeps both")
-    model_dir, commit = find_model(args.model, args.revision or run.get("commit"))
+        sys.exit(f"error: {results_dir} holds a finished evaluation: --overwrite replaces it, --rescore scores it again")
+    model_dir, commit = find_model(args.model, args.revision or training_run.get("commit"))
 
     warnings.filterwarnings("ignore", category=FutureWarning)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     import torch
     import transformers
-    from transformers import AutoTokenizer
 
     transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()  # of loading weights; training and generation show their own
+    transformers.logging.disable_progress_bar()  # of loading weights; generation shows its own
     device, dtype = choose_device()
-    scorer = AutoTokenizer.from_pretrained(model_dir)  # the stock tokenizer: base and tuned are scored in the same tokens
-    tokenizer = AutoTokenizer.from_pretrained(adapter_dir) if adapter_dir else scorer
+    scorer = load_tokenizer(model_dir)  # the stock tokenizer: base and tuned are scored in the same tokens
+    tokenizer = load_tokenizer(adapter_dir) if adapter_dir else scorer
     if tokenizer.chat_template is None:
         print(f"note: the tokenizer of {args.model} has no chat template; prompts are written in Gemma's turns")
         tokenizer.chat_template = GEMMA_TURNS
@@ -484,43 +1018,39 @@ def main(argv=None):
         "max_new_tokens": args.max_new_tokens,
     }
     if finished and args.resume:
-        refuse_other_evaluation(results_dir, json.loads(metrics_path.read_text(encoding="utf-8")), identity)
-        print(f"Finished    {results_dir} is complete; nothing is left to ask")
-        print(f"\n{format_table(load_comparison(results_dir.parent, name, test_sha256))}")
+        refuse_other_evaluation(results_dir, read_run(results_dir), identity)
+        print(f"Finished    {results_dir} is complete; nothing is left to ask. --rescore prints its scores")
         return
-    predictions, partial = open_partial(partial_path, identity, args)
+    predictions = read_partial(partial_path, identity, args)
     done = {(prediction["conversation_id"], prediction["turn"]) for prediction in predictions}
     remaining = [query for query in queries if (query["conversation_id"], query["turn"]) not in done]
 
-    def record(batch):
-        predictions.extend(batch)
-        partial.writelines(json.dumps(prediction, ensure_ascii=False) + "\n" for prediction in batch)
-        partial.flush()
-        os.fsync(partial.fileno())
-
     print(f"Model       {args.model}" + (f", commit {commit}" if commit else "") + f", {str(dtype).removeprefix('torch.')} on {device}")
     print(f"Adapter     {adapter_dir or 'none: the untuned model with its own tokenizer'}")
-    if note := describe_other_split(args.test_file, run):
+    if note := describe_other_split(args.test_file, training_run):
         print(note)
     print(f"Queries     {len(queries):,}" + (f", {len(done):,} of them already answered" if done else ""))
     start = time.monotonic()
-    with partial:
-        if remaining:
+    if remaining:
+        try:
             model = load_model(model_dir, adapter_dir, device, dtype)
-            try:
-                answer_queries(remaining, model, tokenizer, scorer, args, record)
-            except torch.OutOfMemoryError:
-                sys.exit(f"error: out of GPU memory: go on with --resume and a --batch-size below {args.batch_size}")
+            with open_partial(partial_path, identity, predictions) as partial:
+                for batch in answer_queries(remaining, model, tokenizer, scorer, args):
+                    partial.writelines(json.dumps(prediction, ensure_ascii=False) + "\n" for prediction in batch)
+                    partial.flush()
+                    os.fsync(partial.fileno())
+                    predictions += batch
+        except torch.OutOfMemoryError:
+            sys.exit(f"error: out of GPU memory: go on with --resume and a --batch-size below {args.batch_size}")
     seconds = time.monotonic() - start
 
     place = {(query["conversation_id"], query["turn"]): position for position, query in enumerate(queries)}
     predictions.sort(key=lambda prediction: place[prediction["conversation_id"], prediction["turn"]])
     reasons = Counter(prediction["finish_reason"] for prediction in predictions)
-    scores = summarize(predictions)
-    metrics = {
-        "scores": scores,
-        "queries": len(predictions),
-        "finish_reasons": {reason: reasons[reason] for reason in ("end_of_turn", "max_new_tokens", "prompt_too_long")},
+    print(f"Answered    {len(remaining):,} queries in {seconds:,.0f} s; {reasons['end_of_turn']:,} ended their turn, "
+          f"{reasons['max_new_tokens']:,} ran into --max-new-tokens, {reasons['prompt_too_long']:,} had a prompt too long")
+    write_text(results_dir / "predictions.jsonl", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in predictions))
+    facts = {
         **identity,
         "adapter": str(adapter_dir) if adapter_dir else None,
         "arguments": {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()},
@@ -530,40 +1060,61 @@ def main(argv=None):
         "queries_in_these_seconds": len(remaining),
         "versions": {package: importlib.metadata.version(package) for package in ("torch", "transformers", "peft", "numpy")},
     }
-    write_text(results_dir / "predictions.jsonl", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in predictions))
-    write_json(metrics_path, metrics)
+    write_report(args, results_dir, label, name, queries, predictions, facts)
     partial_path.unlink()
 
-    rows = load_comparison(results_dir.parent, name, test_sha256)
-    plot_comparison(rows, results_dir.parent / "comparison.png", f"{name} on function calling")
-    print(f"Answered    {len(remaining):,} queries in {seconds:,.0f} s; {reasons['end_of_turn']:,} ended their turn, "
-          f"{reasons['max_new_tokens']:,} ran into --max-new-tokens, {reasons['prompt_too_long']:,} had a prompt too long")
-    print(f"Written to  {results_dir}/: predictions.jsonl, metrics.json; {results_dir.parent / 'comparison.png'}")
-    print(f"\n{format_table(rows)}")
+
+def read_run(results_dir):
+    """What metrics.json says of the run that made an evaluation; ends the program if it cannot be read."""
+    path = results_dir / "metrics.json"
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8"))["run"])
+    except (OSError, ValueError, KeyError, TypeError):
+        sys.exit(f"error: {path} is missing or cannot be read: run evaluation.py with --overwrite to make it anew")
 
 
-def describe_other_split(test_file, run):
+def rescore(args, results_dir, label, name, queries, test_sha256):
+    """Score predictions.jsonl of an earlier evaluation again, or the file given with --predictions. Imports no torch."""
+    if args.predictions:
+        predictions = read_predictions(args.predictions, queries)
+        facts = {"predictions": str(args.predictions), "predictions_sha256": sha256_of_file(args.predictions),
+                 "test_split_sha256": test_sha256}
+    else:
+        predictions = read_predictions(results_dir / "predictions.jsonl", queries)
+        facts = read_run(results_dir)
+        if facts.get("test_split_sha256") != test_sha256:
+            sys.exit(f"error: {results_dir} was made with another test split than {args.test_file}: give its --test-file")
+    score_predictions(predictions, args.model, args.revision)
+    if args.predictions:
+        results_dir.mkdir(parents=True, exist_ok=True)
+        write_text(results_dir / "predictions.jsonl", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in predictions))
+    write_report(args, results_dir, label, name, queries, predictions, facts)
+
+
+def describe_other_split(test_file, training_run):
     """A note if the adapter was trained on another train split than the one that stands beside the test split, else None."""
     info_path = test_file.parent / "dataset_info.json"
-    if not run or not info_path.is_file():
+    if not training_run or not info_path.is_file():
         return None
-    trained_on = run.get("train_split_sha256")
-    beside = json.loads(info_path.read_text(encoding="utf-8")).get("train", {}).get("sha256")
-    if trained_on == beside:
+    try:
+        beside = json.loads(info_path.read_text(encoding="utf-8"))["train"]["sha256"]
+    except (ValueError, KeyError, TypeError):
+        sys.exit(f"error: {info_path} cannot be read: run prepare_function_calling_dataset.py again")
+    if training_run.get("train_split_sha256") == beside:
         return None
     return "note: the adapter was trained on another train split than the one beside this test split, and may know its answers"
 
 
-def run(main):
+def exit_cleanly(main):
     """Run `main`; an interruption or a failing disk ends in one line and an exit code instead of a traceback."""
     try:
         main()
     except KeyboardInterrupt:
-        print("\ninterrupted: run the same command with --resume to go on", file=sys.stderr)
+        print("\ninterrupted: run the same command with --resume (in place of --overwrite) to go on", file=sys.stderr)
         sys.exit(130)
     except OSError as error:
         sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":
-    run(main)
+    exit_cleanly(main)

@@ -20,6 +20,7 @@ import logging
 import math
 import os
 import re
+import shlex
 import shutil
 import sys
 import tempfile
@@ -126,11 +127,15 @@ def parse_args(argv=None):
     positive = ["epochs", "conversations_per_step", "learning_rate", "max_grad_norm", "lora_rank", "lora_alpha", "max_length",
                 "batch_size", "limit", "max_steps"]
     for name in positive:
-        if getattr(args, name) is not None and not getattr(args, name) > 0:
-            parser.error(f"--{name.replace('_', '-')} must be greater than 0, not {getattr(args, name)}")
-    for name in ["warmup", "lora_dropout", "validation_size"]:
+        if getattr(args, name) is not None and not 0 < getattr(args, name) < math.inf:
+            parser.error(f"--{name.replace('_', '-')} must be greater than 0 and finite, not {getattr(args, name)}")
+    for name in ["warmup", "lora_dropout"]:
         if not 0 <= getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must lie in [0, 1), not {getattr(args, name)}")
+    if not 0 < args.validation_size < 1:
+        parser.error(f"--validation-size must lie in (0, 1), not {args.validation_size}")
+    if not 0 <= args.seed < 2**32:
+        parser.error(f"--seed must lie in [0, 2**32), not {args.seed}")
     if args.resume and args.overwrite:
         parser.error("--resume and --overwrite exclude each other")
     return args
@@ -141,45 +146,66 @@ def parse_args(argv=None):
 
 
 def find_model(model, revision):
-    """Return (folder, commit) of a model given as a local folder (commit None) or as a hub id, which is downloaded."""
-    folder = Path(model).expanduser()
+    """Return (folder, commit) of a Gemma 3 text model: a local folder (commit None), or a hub id, which is downloaded."""
+    folder, commit = Path(model).expanduser(), None
     if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            sys.exit(f"error: --model {model}: the folder holds no config.json, so it is no Transformers model")
-        return folder, None
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", model) or model.startswith("."):
+        if revision:
+            sys.exit(f"error: --revision {revision}: --model {model} is a local folder, which has no revisions")
+    elif not re.fullmatch(r"\w[\w.-]*/[\w.-]+", model):
         sys.exit(f"error: --model {model}: no such folder, and not a hub id such as {DEFAULT_MODEL}")
+    else:
+        folder = download_model(model, revision)
+        commit = folder.name
+    for name in ("config.json", "tokenizer.json"):
+        if not (folder / name).is_file():
+            sys.exit(f"error: --model {model}: {folder} holds no {name}, so it is no whole Transformers model")
+    try:
+        model_type = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]
+    except (ValueError, KeyError, TypeError):
+        sys.exit(f"error: --model {model}: {folder / 'config.json'} cannot be read")
+    if model_type != "gemma3_text":
+        sys.exit(f"error: --model {model}: a {model_type} model; this workflow is for Gemma 3 text models (gemma3_text)")
+    return folder, commit
 
+
+def download_model(model, revision):
+    """Download a model from the hub, or find it in the cache; returns its folder, which is named after the commit."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError
-    from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+    from huggingface_hub.errors import GatedRepoError, HTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
     try:
-        folder = snapshot_download(model, revision=revision, allow_patterns=["*.json", "*.safetensors", "*.jinja"])
+        return Path(snapshot_download(model, revision=revision, allow_patterns=["*.json", "*.safetensors", "*.jinja"]))
     except GatedRepoError:  # a subclass of RepositoryNotFoundError
         sys.exit(f"error: {model} is gated: accept its licence at https://huggingface.co/{model}, then run `hf auth login`")
     except RepositoryNotFoundError:
         sys.exit(f"error: {model} was not found on the hub: check --model, or run `hf auth login` if it is private")
     except RevisionNotFoundError:
         sys.exit(f"error: {model} has no revision {revision}: check --revision")
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+    except (OSError, HTTPError, ValueError) as error:
         reason = str(error.__cause__ or error).splitlines()[0]
         sys.exit(f"error: {model} could not be downloaded ({reason}): check the network and HF_ENDPOINT, then run this again")
-    return Path(folder), Path(folder).name
+
+
+def load_tokenizer(folder):
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # the tokenizers library raises plain Exceptions
+        sys.exit(f"error: {folder}: the tokenizer cannot be loaded: {str(error).splitlines()[0]}")
 
 
 def load_base_model(folder, **options):
-    """Load a Gemma 3 text model from `folder`; anything else ends the program with one line."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    """Load a model from safetensors, with sdpa attention; files that cannot be read end the program with one line."""
+    import torch
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM
 
     try:
-        config = AutoConfig.from_pretrained(folder)
-        if config.model_type != "gemma3_text":
-            sys.exit(f"error: {folder}: a {config.model_type} model; this workflow is for Gemma 3 text models (gemma3_text)")
-        return AutoModelForCausalLM.from_pretrained(
-            folder, config=config, attn_implementation="sdpa", use_safetensors=True, **options
-        )
-    except (OSError, ValueError) as error:
+        return AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa", use_safetensors=True, **options)
+    except torch.OutOfMemoryError:
+        raise
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         sys.exit(f"error: {folder}: the model cannot be loaded: {str(error).splitlines()[0]}")
 
 
@@ -188,23 +214,34 @@ def sha256_of_file(path):
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def check_messages(messages):
+    """Raise ValueError unless `messages` are turns of a conversation in which the model speaks."""
+    previous = None
+    for message in messages:
+        role = message["role"]
+        if role not in ("user", "assistant", "tool") or not isinstance(message["content"], str):
+            raise ValueError("a role or a content is wrong")
+        if (role == "assistant") != (previous in ("user", "tool")) or (previous is None and role == "tool"):
+            raise ValueError("turns are out of order")
+        previous = role
+    if not any(message["role"] == "assistant" for message in messages):
+        raise ValueError("no turn of the model")
+
+
 def read_conversations(path, limit=None):
     """Yield the messages of each conversation of a split: [{"role", "content"}, ...]; a bad line ends the program."""
-    with open(path, encoding="utf-8", newline="\n") as file:
+    with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
             if limit is not None and number > limit:
                 return
+            if not line.strip():
+                continue
             try:
                 messages = json.loads(line)["messages"]
-                for message in messages:
-                    if message["role"] not in ("user", "assistant", "tool") or not isinstance(message["content"], str):
-                        raise ValueError("a role or a content is wrong")
-            except json.JSONDecodeError as error:
-                sys.exit(f"error: {path}, line {number}: invalid JSON ({error.msg}); make it again with "
-                         "prepare_function_calling_dataset.py")
-            except (KeyError, TypeError, ValueError) as error:
-                sys.exit(f"error: {path}, line {number}: not a conversation ({error}); make it again with "
-                         "prepare_function_calling_dataset.py")
+                check_messages(messages)
+            except (KeyError, TypeError, ValueError, RecursionError) as error:
+                kind = "invalid JSON" if isinstance(error, (json.JSONDecodeError, RecursionError)) else "not a conversation"
+                sys.exit(f"error: {path}, line {number}: {kind} ({error}); make it again with prepare_function_calling_dataset.py")
             yield messages
 
 
@@ -216,7 +253,7 @@ def check_split(path):
     info_path = path.parent / "dataset_info.json"
     if info_path.is_file():
         try:
-            info = json.loads(info_path.read_text())
+            info = json.loads(info_path.read_text(encoding="utf-8"))
             described = {split["file"]: split["sha256"] for split in (info["train"], info["test"])}
         except (ValueError, KeyError, TypeError):
             sys.exit(f"error: {info_path} cannot be read: run prepare_function_calling_dataset.py again")
@@ -235,8 +272,6 @@ def claim_unused_slots(tokenizer):
 
     A tag takes over the name of an <unusedN> slot, so the vocabulary keeps its size and no embedding is resized.
     """
-    from transformers import AutoTokenizer
-
     pieces = {tag: tokenizer.encode(tag, add_special_tokens=False) for tag in TAGS}
     vocabulary = tokenizer.get_vocab()
     slots = sorted((token for token in vocabulary if re.fullmatch(r"<unused\d+>", token)), key=vocabulary.get)
@@ -255,7 +290,7 @@ def claim_unused_slots(tokenizer):
         vocab = definition["model"]["vocab"]
         definition["model"]["vocab"] = {new_name.get(token, token): index for token, index in vocab.items()}
         path.write_text(json.dumps(definition, ensure_ascii=False), encoding="utf-8")
-        tagged = AutoTokenizer.from_pretrained(folder)
+        tagged = load_tokenizer(folder)
 
     tag_ids = {tag: tagged.encode(tag, add_special_tokens=False) for tag in TAGS}
     if len(tagged) != len(tokenizer) or any(len(ids) != 1 for ids in tag_ids.values()):
@@ -309,6 +344,25 @@ def build_dataset(train_file, tokenizer, args, show_progress):
         sys.exit(f"error: {train_file}: {len(rows['input_ids'])} conversations of at most --max-length {args.max_length} tokens "
                  f"({num_too_long} are longer); at least one to train on and one to validate with are needed")
     return Dataset.from_dict(rows), num_too_long
+
+
+def hold_out_validation(dataset, args):
+    """Split off the seeded validation share; returns (training split, validation split).
+
+    What the training split holds over whole steps goes to validation too: every step then has its full number of
+    conversations, and several processes see in each step what one would.
+    """
+    from datasets import concatenate_datasets
+
+    try:
+        split = dataset.train_test_split(test_size=args.validation_size, seed=args.seed)
+    except ValueError:
+        sys.exit(f"error: {len(dataset)} conversations cannot be split with --validation-size {args.validation_size}: at least one to "
+                 "train on and one to validate with are needed")
+    training, validation = split["train"], split["test"]
+    num_whole = len(training) // args.conversations_per_step * args.conversations_per_step or len(training)
+    rest = training.select(range(num_whole, len(training)))
+    return training.select(range(num_whole)), concatenate_datasets([validation, rest]) if len(rest) else validation
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -365,17 +419,44 @@ def score_only_labelled_positions(model):
     model.forward = forward
 
 
-def build_trainer(model, tokenizer, tag_pieces, dataset, args, device, dtype, checkpoint_dir, num_processes):
-    """Put LoRA and the eight trainable tag rows on the model and build the SFTTrainer of the recipe."""
-    import torch
+def lora_config(args, tag_ids):
+    """LoRA on the seven projections and the trainable rows of the tags; none on embeddings or head."""
     from peft import LoraConfig
+
+    return LoraConfig(
+        r=args.lora_rank,
+        lora_alpha=args.lora_alpha,
+        lora_dropout=args.lora_dropout,
+        target_modules=LORA_TARGETS,
+        trainable_token_indices=tag_ids,
+        task_type="CAUSAL_LM",
+    )
+
+
+def build_trainer(model, tokenizer, tag_ids, training, validation, args, device, dtype, checkpoint_dir, num_processes=1):
+    """Put LoRA and the trainable tag rows on the model and build the SFTTrainer of the recipe."""
+    import torch
     from transformers.trainer_callback import PrinterCallback, ProgressCallback
     from trl import SFTConfig, SFTTrainer
+
+    labels_per_row = sum(label != -100 for row in validation["labels"] for label in row[1:]) / len(validation)
+
+    class Trainer(SFTTrainer):
+        """SFTTrainer whose validation loss is the mean over labelled tokens, whatever the batches and processes."""
+
+        def prediction_step(self, model, inputs, *arguments, **options):
+            labels = inputs["labels"][:, 1:]
+            num_rows, num_labels = len(labels), (labels != -100).sum().item()
+            loss, logits, labels = super().prediction_step(model, inputs, *arguments, **options)
+            # The library averages over rows what is here a row's share in the mean over tokens.
+            return loss * num_labels / (num_rows * labels_per_row), logits, labels
 
     class RunProgress(ProgressCallback):
         """A progress bar with the losses; notes the time spent, and stops a run whose loss is no number."""
 
-        losses = {}
+        def __init__(self):
+            super().__init__()
+            self.losses, self.start, self.seconds_before = {}, time.monotonic(), 0.0
 
         def on_train_begin(self, args, state, control, **kwargs):
             super().on_train_begin(args, state, control, **kwargs)
@@ -391,17 +472,12 @@ def build_trainer(model, tokenizer, tag_pieces, dataset, args, device, dtype, ch
                     if not math.isfinite(entry[key]):
                         good = find_checkpoints(Path(args.output_dir))
                         sys.exit(f"error: the {label} became {entry[key]} by step {state.global_step}; the last good checkpoint is "
-                                 f"{good[-1] if good else 'none'}; try a lower --learning-rate")
+                                 f"{good[-1] if good else 'none'}; start anew with --overwrite and a lower --learning-rate")
                     self.losses[label] = f"{entry[key]:.4f}"
             if self.training_bar is not None:
                 self.training_bar.set_postfix(self.losses)
 
-    step_size, rest = divmod(args.conversations_per_step, args.batch_size * num_processes)
-    if rest or not step_size:
-        sys.exit(f"error: {args.conversations_per_step} conversations per step cannot be shared out to {num_processes} process(es) "
-                 f"in batches of {args.batch_size}: change --batch-size or --conversations-per-step")
-    split = dataset.train_test_split(test_size=args.validation_size, seed=args.seed)
-    steps_per_epoch = math.ceil(len(split["train"]) / args.conversations_per_step)
+    steps_per_epoch = math.ceil(len(training) / args.conversations_per_step)
     num_steps = args.max_steps or math.ceil(steps_per_epoch * args.epochs)
     validation_steps = max(1, math.ceil(num_steps / VALIDATIONS_PER_RUN))
 
@@ -412,7 +488,7 @@ def build_trainer(model, tokenizer, tag_pieces, dataset, args, device, dtype, ch
         max_steps=args.max_steps or -1,
         per_device_train_batch_size=args.batch_size,
         per_device_eval_batch_size=args.batch_size,
-        gradient_accumulation_steps=step_size,
+        gradient_accumulation_steps=args.conversations_per_step // (args.batch_size * num_processes),
         learning_rate=args.learning_rate,
         lr_scheduler_type="cosine",
         warmup_steps=args.warmup,
@@ -441,21 +517,18 @@ def build_trainer(model, tokenizer, tag_pieces, dataset, args, device, dtype, ch
         include_num_input_tokens_seen="non_padding",
         report_to=args.report_to,
     )
-    trainer = SFTTrainer(
+    trainer = Trainer(
         model=model,
         args=config,
-        train_dataset=split["train"],
-        eval_dataset=split["test"],
+        train_dataset=training,
+        eval_dataset=validation,
         processing_class=tokenizer,
-        peft_config=LoraConfig(
-            r=args.lora_rank,
-            lora_alpha=args.lora_alpha,
-            lora_dropout=args.lora_dropout,
-            target_modules=LORA_TARGETS,
-            trainable_token_indices=list(tag_pieces),
-            task_type="CAUSAL_LM",
-        ),
+        peft_config=lora_config(args, tag_ids),
     )
+    for parameter in trainer.model.parameters():
+        if parameter.requires_grad:
+            # TRL makes the adapter of a 4-bit model bf16, in which the recipe's small updates would be rounded away.
+            parameter.data = parameter.data.float()
     # TRL reads lm_head.bias, which PEFT's wrapper around the tied head does not pass on.
     trainer.model.get_output_embeddings().bias = None
     if device != "cuda":
@@ -471,7 +544,7 @@ def find_checkpoints(checkpoint_dir):
     found = []
     for folder in checkpoint_dir.glob("checkpoint-*"):
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            found.append((json.loads((folder / "trainer_state.json").read_text())["global_step"], folder))
+            found.append((json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))["global_step"], folder))
     return [folder for _, folder in sorted(found)]
 
 
@@ -510,7 +583,17 @@ def open_checkpoint_dir(checkpoint_dir, description, resume):
         whole = find_checkpoints(checkpoint_dir)
         for folder in set(checkpoint_dir.glob("checkpoint-*")) - set(whole):
             shutil.rmtree(folder)
-        return whole[-1] if whole else None
+        if not whole:
+            return None
+        # The library notes the best checkpoint by its path, which may have been given from another working directory.
+        state_path = whole[-1] / "trainer_state.json"
+        state = json.loads(state_path.read_text(encoding="utf-8"))
+        if state.get("best_model_checkpoint"):
+            best = checkpoint_dir / Path(state["best_model_checkpoint"]).name
+            if best not in whole:
+                sys.exit(f"error: {best}, the best checkpoint so far, is missing: --overwrite starts anew")
+            write_json(state_path, {**state, "best_model_checkpoint": str(best)})
+        return whole[-1]
     shutil.rmtree(checkpoint_dir, ignore_errors=True)
     checkpoint_dir.mkdir(parents=True)
     write_json(checkpoint_dir / "run.json", description)
@@ -581,13 +664,13 @@ def peak_memory(device):
     return memory
 
 
-def model_card(args, commit, run):
+def model_card(args, commit, training_run):
     """The README.md of the adapter folder, with the metadata the hub reads."""
     revision = f" (revision {commit})" if commit else ""
+    base_model = f"base_model: {args.model}\n" if commit else ""  # the hub knows no local folders
     return f"""\
 ---
-base_model: {args.model}
-library_name: peft
+{base_model}library_name: peft
 license: gemma
 pipeline_tag: text-generation
 tags: [function-calling, lora, sft, trl]
@@ -595,11 +678,11 @@ tags: [function-calling, lora, sft, trl]
 
 # {default_output_dir(args.model).name}
 
-A LoRA adapter that teaches {args.model}{revision} to call functions: `<tool_call>` and the seven other tags are single
+A LoRA adapter that teaches {Path(args.model).name}{revision} to call functions: `<tool_call>` and the seven other tags are single
 tokens of the tokenizer in this folder, and the chat template here is the one it was trained with.
 
-Trained for {run["steps"]} steps on {run["conversations"]["train"]:,} conversations; validation loss
-{run["best_validation_loss"]:.4f} at step {run["best_step"]}. training_run.json holds the arguments, versions and losses.
+Trained for {training_run["steps"]} steps on {training_run["conversations"]["train"]:,} conversations; validation loss
+{training_run["best_validation_loss"]:.4f} at step {training_run["best_step"]}. training_run.json holds the arguments, versions and losses.
 """
 
 
@@ -639,9 +722,8 @@ def default_output_dir(model):
     return Path(f"LoRA_{Path(model).expanduser().resolve().name}-function_calling")
 
 
-def finish(args, output_dir, model_dir):
+def finish(args, output_dir, merged_dir, model_dir):
     """Merge and upload a finished adapter where that was asked for, and say what to run next."""
-    merged_dir = output_dir.with_name(output_dir.name + "-merged")
     if args.merge:
         merge_adapter(model_dir, output_dir, merged_dir)
         print(f"Merged      {merged_dir}/")
@@ -650,25 +732,38 @@ def finish(args, output_dir, model_dir):
 
         HfApi().upload_folder(repo_id=args.push_to_hub, folder_path=output_dir, commit_message="Add adapter")
         print(f"Uploaded    https://huggingface.co/{args.push_to_hub}")
-    adapter = "" if output_dir == default_output_dir(args.model) else f" --adapter {output_dir}"
-    model = "" if args.model == DEFAULT_MODEL else f" --model {args.model}"
-    print(f"Next        python evaluation.py{model}{adapter}")
+    command = ["python", "evaluation.py"]
+    if args.model != DEFAULT_MODEL:
+        command += ["--model", args.model]
+    if output_dir != default_output_dir(args.model):
+        command += ["--adapter", str(output_dir)]
+    if args.train_file != DEFAULT_TRAIN_FILE:
+        command += ["--test-file", str(args.train_file.with_name("function_calling_test.jsonl"))]
+    print(f"Next        {shlex.join(command)}")
+
+
+def recorded_commit(path):
+    """The commit of the base model that a run.json or training_run.json names, or None."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        return json.loads(path.read_text(encoding="utf-8")).get("commit")
 
 
 def main(argv=None):
     args = parse_args(argv)
     is_main = int(os.environ.get("RANK", 0)) == 0  # torchrun starts several processes; one of them speaks and writes
     num_processes = int(os.environ.get("WORLD_SIZE", 1))
-    output_dir = args.output_dir or default_output_dir(args.model)
-    if output_dir.name in ("", ".."):  # such as "."
-        output_dir = output_dir.resolve()
-    checkpoint_dir = output_dir.with_name(output_dir.name + "-checkpoints")
-
     if num_processes == 1:  # one process trains on one GPU; torchrun gives each of several its own
         os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    output_dir = args.output_dir or default_output_dir(args.model)
+    if output_dir.name in ("", "..") or output_dir.is_symlink():  # such as "."
+        output_dir = output_dir.resolve()
+    checkpoint_dir, merged_dir = (output_dir.with_name(f"{output_dir.name}-{kind}") for kind in ("checkpoints", "merged"))
 
-    # Whatever can be refused is refused before anything heavy is loaded.
+    # Whatever can be refused is refused before anything heavy is loaded, and before anything is written.
     split_sha256 = check_split(args.train_file)
+    if args.conversations_per_step % (args.batch_size * num_processes):
+        sys.exit(f"error: {args.conversations_per_step} conversations per step cannot be shared out to {num_processes} process(es) "
+                 f"in batches of {args.batch_size}: change --batch-size or --conversations-per-step")
     if args.report_to != "none" and importlib.util.find_spec(args.report_to) is None:
         sys.exit(f"error: --report-to {args.report_to} needs a package that is not installed: pip install {args.report_to}")
     unfinished = (checkpoint_dir / "run.json").is_file()
@@ -678,21 +773,24 @@ def main(argv=None):
             sys.exit(f"error: {checkpoint_dir} holds an unfinished run: --resume goes on with it, --overwrite starts anew")
         if finished:
             sys.exit(f"error: {output_dir} holds a finished run: --overwrite replaces it, --resume keeps it")
-    for folder, mark in ((output_dir, "training_run.json"), (checkpoint_dir, "*run.json")):
+    for folder, mark in ((output_dir, "training_run.json"), (checkpoint_dir, "*run.json"), (merged_dir, "model*.safetensors")):
         if folder.exists() and not (folder.is_dir() and (any(folder.glob(mark)) or not any(folder.iterdir()))):
             sys.exit(f"error: {folder} is in the way, and not the work of this script: move it, or choose another --output-dir")
     device, dtype = choose_device()
     if args.load_in_4bit and device != "cuda":
         sys.exit(f"error: --load-in-4bit needs a CUDA GPU, this machine has {device}: nf4 training is not reliable elsewhere")
-    if args.push_to_hub and is_main:
-        create_hub_repository(args.push_to_hub)
-    model_dir, commit = find_model(args.model, args.revision)
+    revision = args.revision
+    if args.resume and not revision:  # the commit the run began with, even if the hub's main branch has moved on
+        revision = recorded_commit(checkpoint_dir / "run.json" if unfinished else output_dir / "training_run.json")
+    model_dir, commit = find_model(args.model, revision)
     description = describe_run(args, commit, split_sha256)
     if finished and args.resume:
         refuse_other_run(output_dir / "training_run.json", description)
         if is_main:
             print(f"Finished    {output_dir} is complete; nothing is left to train")
-            finish(args, output_dir, model_dir)
+            if args.push_to_hub:
+                create_hub_repository(args.push_to_hub)
+            finish(args, output_dir, merged_dir, model_dir)
         return
 
     # The libraries' advice to their own developers is no news to who runs this.
@@ -700,38 +798,39 @@ def main(argv=None):
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     import torch
     import transformers
-    from transformers import AutoTokenizer, set_seed
 
     transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()  # of loading weights; training and generation show their own
-    set_seed(args.seed)
-    tokenizer, tag_pieces = claim_unused_slots(AutoTokenizer.from_pretrained(model_dir))
+    transformers.logging.disable_progress_bar()  # of loading weights; training shows its own
+    tokenizer, tag_pieces = claim_unused_slots(load_tokenizer(model_dir))
     tokenizer.chat_template = CHAT_TEMPLATE
-    checkpoint = None
-    if is_main:
-        checkpoint = open_checkpoint_dir(checkpoint_dir, description, args.resume)
-    elif args.resume:
-        checkpoint = (find_checkpoints(checkpoint_dir) or [None])[-1]
     dataset, num_too_long = build_dataset(args.train_file, tokenizer, args, show_progress=is_main)
-
+    training, validation = hold_out_validation(dataset, args)
+    if args.push_to_hub and is_main:
+        create_hub_repository(args.push_to_hub)
     options = {"dtype": dtype}
     if args.load_in_4bit:
         options["quantization_config"] = transformers.BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
         )
         options["device_map"] = {"": int(os.environ.get("LOCAL_RANK", 0))}
-    model = load_base_model(model_dir, **options)
-    start_tag_rows(model, tag_pieces)
-    trainer = build_trainer(
-        model, tokenizer, tag_pieces, dataset, args, device, dtype, checkpoint_dir, num_processes
-    )
-    if is_main:
-        print(f"Model       {args.model}" + (f", commit {commit}" if commit else "") + f", {str(dtype).removeprefix('torch.')} on {device}")
-        print(f"Data        {len(trainer.train_dataset):,} conversations to train on, {len(trainer.eval_dataset):,} to validate "
-              f"with; {num_too_long:,} dropped, longer than {args.max_length:,} tokens")
-        if args.resume:
-            print(f"Resuming    from {checkpoint.name}" if checkpoint else "Resuming    no checkpoint yet, starting from the beginning")
     try:
+        model = load_base_model(model_dir, **options)
+        start_tag_rows(model, tag_pieces)
+        trainer = build_trainer(
+            model, tokenizer, list(tag_pieces), training, validation, args, device, dtype, checkpoint_dir, num_processes
+        )
+        if is_main:
+            checkpoint = open_checkpoint_dir(checkpoint_dir, description, args.resume)
+            print(f"Model       {args.model}" + (f", commit {commit}" if commit else "")
+                  + f", {str(dtype).removeprefix('torch.')} on {device}")
+            print(f"Data        {len(training):,} conversations to train on, {len(validation):,} to validate with; "
+                  f"{num_too_long:,} dropped, longer than {args.max_length:,} tokens")
+            if args.resume:
+                print(f"Resuming    from {checkpoint.name}" if checkpoint else "Resuming    no checkpoint yet, starting from the beginning")
+        trainer.accelerator.wait_for_everyone()
+        if not is_main:
+            checkpoint = find_checkpoints(checkpoint_dir)[-1:] if args.resume else []
+            checkpoint = checkpoint[0] if checkpoint else None
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except torch.OutOfMemoryError:
         sys.exit("error: out of GPU memory: go on with --resume and --activation-checkpointing or a smaller --batch-size, or start "
@@ -744,13 +843,13 @@ def main(argv=None):
     seconds = history[-1]["elapsed_seconds"]
     training_seconds = seconds - sum(entry.get("eval_runtime", 0.0) for entry in history)
     best_step = min(validations, key=validations.get)
-    run = {
+    training_run = {
         **description,
         "model": args.model,
         "arguments": {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()},
         "conversations": {
-            "train": len(trainer.train_dataset),
-            "validation": len(trainer.eval_dataset),
+            "train": len(training),
+            "validation": len(validation),
             "dropped_over_max_length": num_too_long,
         },
         "steps": trainer.state.global_step,
@@ -773,16 +872,16 @@ def main(argv=None):
     with new_folder(output_dir) as folder:
         save_adapter(trainer, tokenizer, folder, args, commit)
         plot_losses(history, folder / "loss.png", f"{Path(args.model).name}: LoRA on function calling")
-        (folder / "README.md").write_text(model_card(args, commit, run), encoding="utf-8")
-        write_json(folder / "training_run.json", run)
+        (folder / "README.md").write_text(model_card(args, commit, training_run), encoding="utf-8")
+        write_json(folder / "training_run.json", training_run)
     os.replace(checkpoint_dir / "run.json", checkpoint_dir / "finished_run.json")
 
-    print(f"Trained     {run['steps']:,} steps, {run['tokens_seen']:,} tokens in {seconds:,.0f} s "
-          f"({run['tokens_per_second']:,.0f} tokens/s besides validation)")
-    print(f"Loss        validation {run['best_validation_loss']:.4f} at step {best_step}, the checkpoint kept")
+    print(f"Trained     {training_run['steps']:,} steps, {training_run['tokens_seen']:,} tokens in {seconds:,.0f} s "
+          f"({training_run['tokens_per_second']:,.0f} tokens/s besides validation)")
+    print(f"Loss        validation {training_run['best_validation_loss']:.4f} at step {best_step}, the checkpoint kept")
     size = (output_dir / "adapter_model.safetensors").stat().st_size
     print(f"Adapter     {output_dir}/ ({size / 1e6:.1f} MB of weights; loss.png shows the losses)")
-    finish(args, output_dir, model_dir)
+    finish(args, output_dir, merged_dir, model_dir)
 
 
 def create_hub_repository(repo):
@@ -796,16 +895,16 @@ def create_hub_repository(repo):
         sys.exit(f"error: --push-to-hub {repo}: {str(error).splitlines()[0]}: run `hf auth login` with a token that may write")
 
 
-def run(main):
+def exit_cleanly(main):
     """Run `main`; an interruption or a failing disk ends in one line and an exit code instead of a traceback."""
     try:
         main()
     except KeyboardInterrupt:
-        print("\ninterrupted: run the same command with --resume to go on from the last checkpoint", file=sys.stderr)
+        print("\ninterrupted: run the same command with --resume (in place of --overwrite) to go on from the last checkpoint", file=sys.stderr)
         sys.exit(130)
     except OSError as error:
         sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":
-    run(main)
+    exit_cleanly(main)

@@ -14,11 +14,13 @@ Beside the two splits stands dataset_info.json, which says where they came from 
 
 import argparse
 import ast
+import contextlib
 import hashlib
 import importlib.metadata
 import json
 import os
 import re
+import shlex
 import sys
 import tempfile
 from array import array
@@ -109,11 +111,10 @@ def read_json_array(file, path):
     """
     decoder = json.JSONDecoder()
     text, position, line = "", 0, 1  # text[position:] is still to be decoded; `line` is the line text[0] stands on
-    end_of_file = False
 
     def next_character():
         """The next character that is no white space, without consuming it; empty at the end of the file."""
-        nonlocal text, position, line, end_of_file
+        nonlocal text, position, line
         while True:
             while position < len(text) and text[position] in " \t\r\n":
                 position += 1
@@ -133,6 +134,9 @@ def read_json_array(file, path):
     while True:
         character = next_character()
         if character == "]":
+            position += 1
+            if next_character():
+                fail("something follows the end of the array")
             return
         if separator_due:
             if character != ",":
@@ -188,7 +192,7 @@ def load_hub_rows(dataset, config, revision):
     """
     import datasets
     import huggingface_hub
-    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub.errors import HTTPError
 
     where = f"dataset {dataset}" + (f", config {config}" if config else "") + (f", revision {revision}" if revision else "")
     print(f"Fetching    {where}")
@@ -204,7 +208,7 @@ def load_hub_rows(dataset, config, revision):
                 "then run `hf auth login`"
             )
         sys.exit(f"error: {where} was not found on the hub: check its name, or run `hf auth login` if it is private")
-    except (ConnectionError, FileNotFoundError, HfHubHTTPError) as error:
+    except (ConnectionError, FileNotFoundError, HTTPError) as error:
         offline = "OfflineModeIsEnabled" in str(error)
         reason = "HF_HUB_OFFLINE is set, and it is not in the cache" if offline else "the hub gave no answer"
         sys.exit(f"error: {where} could not be fetched ({reason}): check the network and HF_ENDPOINT, then run this again")
@@ -232,9 +236,9 @@ def text_between(text, opening, closing):
 
 
 def find_tools(row, system_text):
-    """The tools a row declares, as a list; taken from its "tools" column, or else from its prompt.
+    """The tools a row declares, as JSON text; taken from its "tools" column, or else from its prompt.
 
-    Returns (tools, readable): an unreadable declaration gives ([], False).
+    Returns (tools, readable): an unreadable declaration gives ("[]", False).
     """
     declared = row.get("tools")
     if isinstance(declared, (list, dict)):
@@ -247,13 +251,11 @@ def find_tools(row, system_text):
     for candidate in candidates:
         try:
             tools = parse_literal(candidate) if isinstance(candidate, str) else candidate
-        except ValueError:
+            if isinstance(tools, (list, dict)):
+                return json.dumps(tools if isinstance(tools, list) else [tools], ensure_ascii=False, allow_nan=False), True
+        except (TypeError, ValueError, RecursionError):  # no literal, or one that JSON cannot say
             continue
-        if isinstance(tools, dict):
-            tools = [tools]
-        if isinstance(tools, list):
-            return tools, True
-    return [], not candidates
+    return "[]", not candidates
 
 
 class UnusableRow(ValueError):
@@ -297,8 +299,7 @@ def convert_row(row, think_instruction=True):
         joint = THINK_INSTRUCTION if think_instruction else "\n\n"
         messages[0]["content"] = system_text + joint + messages[0]["content"]
     tools, tools_readable = find_tools(row, system_text)
-    record = {"id": row.get("id"), "messages": messages, "tools": json.dumps(tools, ensure_ascii=False)}
-    return record, tools_readable
+    return {"id": row.get("id"), "messages": messages, "tools": tools}, tools_readable
 
 
 def tool_names(tools):
@@ -397,22 +398,14 @@ def sha256_of_file(path):
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def main(argv=None):
-    args = parse_args(argv)
-    if is_local(args.dataset):
-        path = Path(args.dataset)
-        if not path.is_file():
-            kind = "a folder, not a .json or .jsonl file" if path.is_dir() else "not found"
-            sys.exit(f"error: --dataset {args.dataset}: {kind}; give a local file or a hub id such as {DEFAULT_DATASET}")
-        rows, resolved_revision = read_local_rows(path), f"sha256:{sha256_of_file(path)}"
-    else:
-        rows, resolved_revision = load_hub_rows(args.dataset, args.config, args.revision)
-    args.output_dir.mkdir(parents=True, exist_ok=True)
+def write_splits(rows, resolved_revision, args):
+    """Convert the rows and write both splits and dataset_info.json, whose content is returned.
 
+    One pass in source order into an unnamed scratch file, then one in the order of the split. Only a row's offset (8 bytes),
+    its id and digests are held in memory, so that it hardly grows with the data.
+    """
     from tqdm import tqdm
 
-    # One pass in source order into an unnamed scratch file, then one in the order of the split. Only a row's offset
-    # (8 bytes), its id and digests are held in memory, so that it hardly grows with the data.
     offsets = array("q")  # where a row's record starts in the scratch file; -1 for a dropped row
     dropped, ids, tools_unreadable = Counter(), set(), 0
     with tempfile.TemporaryFile(dir=args.output_dir) as scratch:
@@ -421,7 +414,7 @@ def main(argv=None):
                 record, tools_readable = convert_row(row, args.think_instruction)
                 # An id is what a prediction is later traced back by: it must be there, and be the only one.
                 record["id"] = f"row-{number}" if record["id"] in (None, "") else str(record["id"])
-                if record["id"] in ids:
+                while record["id"] in ids:
                     record["id"] += f"-row-{number}"
                 try:
                     line = json.dumps(record, ensure_ascii=False).encode() + b"\n"
@@ -468,9 +461,33 @@ def main(argv=None):
                 "test": test,
                 "versions": {name: importlib.metadata.version(name) for name in ("datasets", "numpy", "huggingface_hub")},
             }
-            (staging / "dataset_info.json").write_text(json.dumps(info, indent=2, ensure_ascii=False) + "\n")
+            text = json.dumps(info, indent=2, ensure_ascii=False) + "\n"
+            (staging / "dataset_info.json").write_text(text, encoding="utf-8", errors="surrogateescape")
             for name in (TRAIN_FILE, TEST_FILE, "dataset_info.json"):
                 os.replace(staging / name, args.output_dir / name)
+    return info
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    if is_local(args.dataset):
+        path = Path(args.dataset)
+        if args.config or args.revision:
+            sys.exit(f"error: --config and --revision are for hub datasets; --dataset {args.dataset} is a local file")
+        if not path.is_file():
+            kind = "a folder, not a .json or .jsonl file" if path.is_dir() else "not found"
+            sys.exit(f"error: --dataset {args.dataset}: {kind}; give a local file or a hub id such as {DEFAULT_DATASET}")
+        rows, resolved_revision = read_local_rows(path), f"sha256:{sha256_of_file(path)}"
+    else:
+        rows, resolved_revision = load_hub_rows(args.dataset, args.config, args.revision)
+    is_new = not args.output_dir.exists()
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        info = write_splits(rows, resolved_revision, args)
+    finally:
+        if is_new:
+            with contextlib.suppress(OSError):  # it holds the splits
+                args.output_dir.rmdir()
     print_summary(args, info)
 
 
@@ -496,11 +513,13 @@ def print_summary(args, info):
         "name a tool never seen in train"
     )
     print(f"Written to  {args.output_dir}/: {TRAIN_FILE}, {TEST_FILE}, dataset_info.json")
-    train_file = "" if args.output_dir == Path("processed_data") else f" --train-file {args.output_dir / TRAIN_FILE}"
-    print(f"Next        python function_calling_train.py{train_file}")
+    command = ["python", "function_calling_train.py"]
+    if args.output_dir != Path("processed_data"):
+        command += ["--train-file", str(args.output_dir / TRAIN_FILE)]
+    print(f"Next        {shlex.join(command)}")
 
 
-def run(main):
+def exit_cleanly(main):
     """Run `main`; an interruption or a failing disk ends in one line and an exit code instead of a traceback."""
     try:
         main()
@@ -512,4 +531,4 @@ def run(main):
 
 
 if __name__ == "__main__":
-    run(main)
+    exit_cleanly(main)

@@ -57,7 +57,7 @@ def write_rows(path, rows):
 
 def make_tokenizer(folder, texts):
     """Save a small tokenizer of Gemma's make: its control tokens at their real ids, unused slots, no chat template."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
     control = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "[multimodal]"]
     unused = [f"<unused{i}>" for i in range(99)]

@@ -29,7 +29,7 @@ def hub(tmp_path, tiny_model):
 
 
 @pytest.fixture
-def work(tmp_path, splits):
+def work(tmp_path):
     """An empty folder to work in."""
     (tmp_path / "work").mkdir()
     return tmp_path / "work"
@@ -52,8 +52,8 @@ def test_the_three_scripts_with_no_flags(hub, work, tmp_path):
     assert json.loads((adapter / "training_run.json").read_text())["commit"] == COMMIT
     for name in ("base", "tuned"):
         metrics = json.loads((work / "evaluation_results" / "gemma-3-1b-it" / name / "metrics.json").read_text())
-        assert metrics["commit"] == COMMIT and metrics["queries"] == 14
-    assert "tuned, notebook, published" in process.stdout  # the table names the published figures of this model
+        assert metrics["run"]["commit"] == COMMIT and metrics["queries"] == 14
+    assert "0.28 -> 0.91 / 0.973" in process.stdout  # the published figures of this model
 
     # What was fetched once serves without a network, and gives the very same splits.
     before = (work / "processed_data" / "function_calling_test.jsonl").read_bytes()

@@ -40,9 +40,11 @@ def build(tiny_model, splits, tagged, tmp_path, *arguments):
     args = train.parse_args(["--model", str(tiny_model), *arguments])
     tokenizer, tag_pieces = tagged
     dataset, _ = train.build_dataset(splits / "function_calling_train.jsonl", tokenizer, args, show_progress=False)
+    training, validation = train.hold_out_validation(dataset, args)
     model = train.load_base_model(tiny_model, dtype=torch.float32)
     train.start_tag_rows(model, tag_pieces)
-    return train.build_trainer(model, tokenizer, tag_pieces, dataset, args, "cpu", torch.float32, tmp_path / "checkpoints", 1)
+    return train.build_trainer(
+        model, tokenizer, list(tag_pieces), training, validation, args, "cpu", torch.float32, tmp_path / "checkpoints")
 
 
 @pytest.fixture(scope="module")
@@ -253,15 +255,15 @@ def test_training_run_json_tells_the_run(adapter, splits, tiny_model, tagged):
     run = json.loads((adapter / "training_run.json").read_text())
     split = splits / "function_calling_train.jsonl"
     assert run["train_split_sha256"] == hashlib.sha256(split.read_bytes()).hexdigest()
-    # 32 conversations: 20 % (7) for validation, 25 to train on, 4 a step.
-    assert run["conversations"] == {"train": 25, "validation": 7, "dropped_over_max_length": 0}
-    assert run["steps"] == 7 == int(list(run["training_losses"])[-1])
-    assert list(run["validation_losses"]) == ["2", "4", "6", "7"]
+    # 32 conversations: 20 % (7) for validation, and of the 25 left the one that fills no step of 4.
+    assert run["conversations"] == {"train": 24, "validation": 8, "dropped_over_max_length": 0}
+    assert run["steps"] == 6 == int(list(run["training_losses"])[-1])
+    assert list(run["validation_losses"]) == ["2", "4", "6"]
     assert run["best_validation_loss"] == min(run["validation_losses"].values()) == run["validation_losses"][str(run["best_step"])]
     # One epoch sees each training conversation once: those that are not held out by the seeded split.
     dataset, _ = train.build_dataset(split, tagged[0], train.parse_args([]), False)
-    held_in = dataset.train_test_split(test_size=0.2, seed=42)["train"]
-    assert run["tokens_seen"] == sum(map(len, held_in["input_ids"]))
+    held_in = dataset.train_test_split(test_size=0.2, seed=42)["train"]["input_ids"][:24]
+    assert run["tokens_seen"] == sum(map(len, held_in))
     assert run["arguments"]["learning_rate"] == 0.01 and run["device"] == "cpu" and run["dtype"] == "float32"
     assert run["peak_memory_bytes"]["host"] > 1e8 and run["wall_time_seconds"] > 0
     assert run["versions"]["trl"] == "1.16.0"
@@ -303,17 +305,18 @@ def test_the_adapter_names_its_base_model(adapter, tiny_model):
     [("270M", dict(hidden_size=640, intermediate_size=2048, num_hidden_layers=18), 16),
      ("1B", dict(hidden_size=1152, intermediate_size=6912, num_hidden_layers=26), 53)],
 )
-def test_the_adapter_stays_small_at_gemmas_real_shapes(name, shape, limit_mb):
-    from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+def test_the_adapter_stays_small_at_gemmas_real_shapes(name, shape, limit_mb, tmp_path):
+    from peft import get_peft_model
     from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
     config = Gemma3TextConfig(vocab_size=262_144, num_attention_heads=4, num_key_value_heads=1, head_dim=256, sliding_window=512,
                               tie_word_embeddings=True, **shape)
     with torch.device("meta"):
-        model = get_peft_model(Gemma3ForCausalLM(config), LoraConfig(
-            r=16, target_modules=train.LORA_TARGETS, trainable_token_indices=TAG_IDS, task_type="CAUSAL_LM"))
-    state = get_peft_model_state_dict(model, save_embedding_layers=False)
-    assert sum(value.numel() for value in state.values()) * 4 / 1e6 < limit_mb
+        model = get_peft_model(Gemma3ForCausalLM(config), train.lora_config(train.parse_args([]), TAG_IDS))
+    state = {key: torch.zeros(value.shape) for key, value in model.state_dict().items()
+             if "lora_" in key or "trainable_tokens_delta" in key}
+    model.save_pretrained(tmp_path, state_dict=state, save_embedding_layers=False)
+    assert 0.9 * limit_mb < (tmp_path / "adapter_model.safetensors").stat().st_size / 1e6 < limit_mb
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -379,6 +382,7 @@ def test_a_run_may_go_on_with_another_batch_size(tiny_model, splits, tmp_path, m
     train.main([*arguments, "--output-dir", "parts", "--batch-size", "2", "--resume"])
     whole, parts = (json.loads((tmp_path / name / "training_run.json").read_text()) for name in ("whole", "parts"))
     assert whole["training_losses"] == pytest.approx(parts["training_losses"], abs=1e-4)
+    assert whole["validation_losses"] == pytest.approx(parts["validation_losses"], abs=1e-4)
     assert whole["tokens_seen"] == parts["tokens_seen"]
 
 
@@ -393,6 +397,16 @@ def test_a_finished_run_is_neither_lost_nor_done_twice(finished, adapter, tiny_m
     assert (adapter / "adapter_model.safetensors").stat().st_mtime_ns == before
 
 
+def stop_before_the_first_step(patch):
+    real = train.open_checkpoint_dir
+
+    def open_and_stop(*arguments):
+        real(*arguments)
+        raise KeyboardInterrupt
+
+    patch.setattr(train, "open_checkpoint_dir", open_and_stop)
+
+
 def test_an_overwriting_run_that_is_stopped_leaves_the_old_result_and_can_go_on(tiny_model, splits, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     arguments = ["--model", str(tiny_model), "--train-file", str(splits / "function_calling_train.jsonl"), "--max-steps", "1"]
@@ -400,7 +414,7 @@ def test_an_overwriting_run_that_is_stopped_leaves_the_old_result_and_can_go_on(
     weights = tmp_path / "LoRA_tiny-gemma-function_calling" / "adapter_model.safetensors"
     old = weights.read_bytes()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "build_trainer", lambda *arguments: (_ for _ in ()).throw(KeyboardInterrupt))
+        stop_before_the_first_step(patch)
         with pytest.raises(KeyboardInterrupt):
             train.main([*arguments, "--overwrite", "--seed", "7"])
     assert weights.read_bytes() == old
@@ -408,21 +422,22 @@ def test_an_overwriting_run_that_is_stopped_leaves_the_old_result_and_can_go_on(
     assert weights.read_bytes() != old
 
 
-@pytest.mark.parametrize("name", [".", "work", "work/sub"])
-def test_a_folder_with_other_things_in_it_is_never_replaced(tiny_model, splits, tmp_path, name):
-    (tmp_path / "work" / "sub").mkdir(parents=True)
-    (tmp_path / "work" / "sub" / "thesis.txt").write_text("years of work")
-    arguments = ["--model", tiny_model, "--train-file", splits / "function_calling_train.jsonl", "--output-dir", name]
+@pytest.mark.parametrize("folder, name", [("work", "."), ("work/sub", "work"), ("out-merged", "out"), ("out-checkpoints", "out")])
+def test_a_folder_with_other_things_in_it_is_never_replaced(tiny_model, splits, tmp_path, folder, name):
+    (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / folder / "thesis.txt").write_text("years of work")
+    arguments = ["--model", tiny_model, "--train-file", splits / "function_calling_train.jsonl", "--output-dir", name, "--merge"]
     for extra in ([], ["--overwrite"]):
-        assert_fails_in_one_line(run_script(SCRIPT, *arguments, *extra, cwd=tmp_path), "is in the way", "--output-dir")
-    assert (tmp_path / "work" / "sub" / "thesis.txt").read_text() == "years of work"
+        process = run_script(SCRIPT, *arguments, *extra, cwd=tmp_path)
+        assert_fails_in_one_line(process, "is in the way", "--output-dir")
+    assert (tmp_path / folder / "thesis.txt").read_text() == "years of work"
 
 
 def test_a_run_killed_before_its_first_checkpoint_starts_from_the_beginning(tiny_model, splits, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     arguments = ["--model", str(tiny_model), "--train-file", str(splits / "function_calling_train.jsonl"), "--max-steps", "1"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "build_trainer", lambda *arguments: (_ for _ in ()).throw(KeyboardInterrupt))
+        stop_before_the_first_step(patch)
         with pytest.raises(KeyboardInterrupt):
             train.main(arguments)
     train.main([*arguments, "--resume"])
@@ -440,7 +455,7 @@ def test_a_loss_that_is_no_number_stops_the_run(tiny_model, splits, tmp_path):
 
 def test_two_processes_give_the_losses_of_one(tiny_model, splits, tmp_path):
     arguments = ["--model", tiny_model, "--train-file", splits / "function_calling_train.jsonl", "--lora-dropout", "0",
-                 "--limit", "20", "--learning-rate", "0.01"]  # 16 to train on: four whole steps
+                 "--limit", "23", "--learning-rate", "0.01"]  # 18 of them to train on: four whole steps and two left over
     one = run_script(SCRIPT, *arguments, "--output-dir", "one", cwd=tmp_path)
     assert one.returncode == 0, one.stderr
     two = subprocess.run(
@@ -478,7 +493,9 @@ def test_mistakes_end_in_one_line(tiny_model, splits, tmp_path):
     "line, words",
     [("{", ["line 2", "invalid JSON"]), ("[]", ["line 2", "not a conversation"]), ('{"messages": 1}', ["line 2"]),
      ('{"messages": [{"role": "robot", "content": "x"}]}', ["line 2", "a role or a content is wrong"]),
-     ('{"messages": [{"role": "user"}]}', ["line 2"])],
+     ('{"messages": [{"role": "user"}]}', ["line 2"]), ('{"messages": []}', ["no turn of the model"]), ('{"messages": {}}', ["line 2"]),
+     ('{"messages": [{"role": "user", "content": "x"}]}', ["no turn of the model"]),
+     ('{"messages": [{"role": "assistant", "content": "x"}]}', ["turns are out of order"]), ("[" * 100_000, ["invalid JSON"])],
 )
 def test_a_bad_line_of_the_split_is_named(tmp_path, tagged, line, words):
     path = tmp_path / "split.jsonl"
@@ -501,22 +518,69 @@ def test_a_split_that_changed_since_it_was_prepared_is_refused(tmp_path):
         train.check_split(split)
 
 
-def test_models_that_do_not_fit_are_refused(tmp_path, tiny_model, splits):
+def test_models_that_do_not_fit_are_refused(tmp_path):
     from transformers import LlamaConfig
 
-    LlamaConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8).save_pretrained(tmp_path / "llama")
+    model = make_model(tmp_path / "model")
+    assert train.find_model(str(model), None) == (model, None)
+    with pytest.raises(SystemExit, match="--revision v1.*local folder"):
+        train.find_model(str(model), "v1")
+    torch.save(load_file(model / "model.safetensors"), model / "pytorch_model.bin")
+    os.remove(model / "model.safetensors")
+    with pytest.raises(SystemExit, match="the model cannot be loaded"):  # a pickle is never read in its place
+        train.load_base_model(model)
+    (model / "tokenizer.json").write_text((model / "tokenizer.json").read_text()[:5000])
+    with pytest.raises(SystemExit, match="the tokenizer cannot be loaded"):
+        train.load_tokenizer(model)
+    LlamaConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8).save_pretrained(model)
     with pytest.raises(SystemExit, match="a llama model"):
-        train.load_base_model(tmp_path / "llama")
-    pickled = make_model(tmp_path / "pickled")
-    torch.save(load_file(pickled / "model.safetensors"), pickled / "pytorch_model.bin")
-    os.remove(pickled / "model.safetensors")
-    with pytest.raises(SystemExit, match="cannot be loaded"):
-        train.load_base_model(pickled)
+        train.find_model(str(model), None)
+    os.remove(model / "tokenizer.json")
+    with pytest.raises(SystemExit, match="holds no tokenizer.json"):
+        train.find_model(str(model), None)
+    for name in ("google/gemma--3", "google/gemma..3", "./absent", "a/b/c"):
+        with pytest.raises(SystemExit, match="error: "):
+            train.find_model(name, None)
 
 
-def test_a_step_that_cannot_be_shared_out_is_refused(tiny_model, splits, tagged, tmp_path):
-    with pytest.raises(SystemExit, match="4 conversations per step cannot be shared out to 1 process"):
-        build(tiny_model, splits, tagged, tmp_path, "--batch-size", "3")
+def test_a_refused_run_stands_in_nobodys_way(tiny_model, splits, tmp_path):
+    """What is refused leaves nothing behind, so the corrected command runs."""
+    split = splits / "function_calling_train.jsonl"
+    arguments = ["--model", tiny_model, "--train-file", split, "--max-steps", "1"]
+    broken = make_model(tmp_path / "tiny-gemma")
+    (broken / "model.safetensors").write_bytes((broken / "model.safetensors").read_bytes()[:1000])
+    for extra, words in (
+        (["--batch-size", "3"], ["4 conversations per step cannot be shared out to 1 process"]),
+        (["--limit", "1"], ["at least one to train on"]),
+        (["--max-length", "5"], ["32 are longer"]),
+        (["--model", broken], ["cannot be loaded"]),
+    ):
+        assert_fails_in_one_line(run_script(SCRIPT, *arguments, *extra, cwd=tmp_path), *words)
+    assert not [path for path in tmp_path.rglob("*") if "LoRA" in path.name and path.is_file()]
+    assert run_script(SCRIPT, *arguments, cwd=tmp_path).returncode == 0
+
+
+@pytest.mark.parametrize("flag", [["--validation-size", "0"], ["--seed", "-1"], ["--epochs", "inf"], ["--resume", "--overwrite"]])
+def test_arguments_that_make_no_sense_are_wrong_usage(flag, tmp_path):
+    assert run_script(SCRIPT, *flag, cwd=tmp_path).returncode == 2
+
+
+def test_a_resumed_run_keeps_the_best_checkpoint_from_any_working_directory(tiny_model, splits, tmp_path, monkeypatch):
+    """The library notes the best checkpoint by its path, relative to where the run was started."""
+    monkeypatch.chdir(tmp_path)
+    arguments = ["--model", str(tiny_model), "--train-file", str(splits / "function_calling_train.jsonl")]
+    train.main([*arguments, "--output-dir", "run"])
+    checkpoints = tmp_path / "run-checkpoints"
+    (checkpoints / "finished_run.json").rename(checkpoints / "run.json")  # as if stopped right after its last checkpoint
+    state_path = checkpoints / "checkpoint-6" / "trainer_state.json"
+    state = json.loads(state_path.read_text())
+    assert state["best_model_checkpoint"] == "run-checkpoints/checkpoint-6"
+    state_path.write_text(json.dumps({**state, "best_model_checkpoint": "run-checkpoints/checkpoint-4", "best_global_step": 4}))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    train.main([*arguments, "--output-dir", "../run", "--resume"])
+    kept, best = (load_file(folder / "adapter_model.safetensors") for folder in (tmp_path / "run", checkpoints / "checkpoint-4"))
+    assert kept.keys() == best.keys() and all(torch.equal(kept[name], best[name]) for name in kept)
 
 
 def test_batch_size_does_not_change_the_training_losses(tiny_model, splits, tagged, tmp_path):
@@ -525,5 +589,29 @@ def test_batch_size_does_not_change_the_training_losses(tiny_model, splits, tagg
         trainer = build(tiny_model, splits, tagged, tmp_path, "--batch-size", batch_size, "--lora-dropout", "0",
                         "--learning-rate", "0.01", "--max-steps", "3")
         trainer.train()
-        losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
-    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+        losses.append([entry.get("loss", entry.get("eval_loss")) for entry in trainer.state.log_history[:-1]])
+    assert len(losses[0]) == 6 and losses[0] == pytest.approx(losses[1], abs=1e-5)
+
+
+def test_validation_loss_is_the_mean_over_labelled_tokens(tiny_model, splits, tagged, tmp_path):
+    trainer = build(tiny_model, splits, tagged, tmp_path, "--batch-size", "2")
+    model, total, count = trainer.model.eval(), 0.0, 0
+    for row in trainer.eval_dataset:
+        logits = model(input_ids=torch.tensor([row["input_ids"]])).logits[0, :-1]
+        targets = torch.tensor(row["labels"][1:])
+        total += torch.nn.functional.cross_entropy(logits, targets, reduction="sum").item()
+        count += int((targets != -100).sum())
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(total / count, abs=1e-5)
+
+
+def test_the_adapter_trains_in_fp32_where_the_base_model_is_4_bit(tiny_model, splits, tagged, tmp_path):
+    """The 4-bit model is only built, not trained: on a CPU its training is not reliable."""
+    from transformers import BitsAndBytesConfig
+
+    args = train.parse_args([])
+    dataset, _ = train.build_dataset(splits / "function_calling_train.jsonl", tagged[0], args, show_progress=False)
+    model = train.load_base_model(tiny_model, dtype=torch.float32, quantization_config=BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32))
+    trainer = train.build_trainer(model, tagged[0], TAG_IDS, *train.hold_out_validation(dataset, args), args, "cpu",
+                                  torch.float32, tmp_path / "checkpoints")
+    assert {value.dtype for value in trainer.model.parameters() if value.requires_grad} == {torch.float32}
