@@ -385,54 +385,59 @@ def estimate(sums, other=None):
         if numpy.isnan(values[position]):
             continue
         low, high = numpy.percentile(defined, [2.5, 97.5])
-        n = int(sums[:, position, 1].sum())
+        n = None if metric == "f1" else int(sums[:, position, 1].sum())  # F1 rests on those of precision and recall
         result[metric] = {"value": float(values[position]), "n": n, "interval": [float(low), float(high)]}
     return result
 
 
-def judge_predictions(predictions, tools_of, seen_tools):
-    """Judge every prediction. Returns (verdicts in their order, the report: scores and counts, {query: its counts}).
-
-    `tools_of` maps a conversation id to its declared tools, `seen_tools` is the set of tool names of the train split, or
-    None where that split is not at hand.
-    """
-    read = {conversation_id: read_tools(tools_of[conversation_id]) for conversation_id in
-            {prediction["conversation_id"] for prediction in predictions}}
-    verdicts, counts, groups = [], {}, {}
-    for prediction in predictions:
-        tools, _ = read[prediction["conversation_id"]]
-        verdict = judge_turn(prediction["reference"], prediction["output"], prediction["finish_reason"], tools)
-        verdicts.append(verdict)
-        key = prediction["conversation_id"], prediction["turn"]
-        counts[key] = count_verdict(prediction, verdict)
-        # A query is about the tools it calls, or else about those it might call.
-        names = set(tools)
-        if verdict["expects_call"] and not verdict["faulty_reference"]:
-            names = {call["name"] for call in parse_calls(prediction["reference"])}
-        groups[key] = None if seen_tools is None or not names else "seen" if names <= seen_tools else "unseen"
-
-    def estimate_group(group):
-        chosen = [(key[0], counts[key]) for key in counts if group in ("all", groups[key])]
-        return estimate(sum_by_conversation(chosen, dict.fromkeys(conversation_id for conversation_id, _ in chosen)))
-
+def summarize(judged):
+    """What is reported of judged queries: a list of (prediction, verdict, counts), all of them or a part."""
+    conversation_ids = dict.fromkeys(prediction["conversation_id"] for prediction, _, _ in judged)
+    counts = [(prediction["conversation_id"], count) for prediction, _, count in judged]
+    verdicts = [verdict for _, verdict, _ in judged]
     decisions = Counter((verdict["expects_call"], verdict["decision"]) for verdict in verdicts)
     failures = Counter(verdict["failure"] for verdict in verdicts)
-    report = {
-        "scores": estimate_group("all"),
-        "scores_on_seen_tools": estimate_group("seen"),
-        "scores_on_unseen_tools": estimate_group("unseen"),
+    problems = Counter(problem for verdict in verdicts for of_call in verdict["problems"] for problem in of_call)
+    reasons = Counter(verdict["malformed_reason"] for verdict in verdicts if verdict["malformed_reason"])
+    return {
+        "queries": len(judged),
+        "scores": estimate(sum_by_conversation(counts, conversation_ids)),
         "decisions": {
             needed: {decision: decisions[expects, decision] for decision in DECISIONS}
             for needed, expects in (("call_needed", True), ("no_call_needed", False))
         },
         "failures": {failure: failures[failure] for failure in FAILURES},
-        "malformed_reasons": dict(Counter(v["malformed_reason"] for v in verdicts if v["malformed_reason"]).most_common()),
-        "problems": {problem: sum(problem in problems for verdict in verdicts for problems in verdict["problems"])
-                     for problem in PROBLEMS},
+        "malformed_reasons": dict(reasons.most_common()),
+        "problems": {problem: problems[problem] for problem in PROBLEMS},
         "faulty_references": sum(bool(verdict["faulty_reference"]) for verdict in verdicts),
-        "broken_declarations": sum(num_broken for _, num_broken in read.values()),
     }
-    return verdicts, report, counts
+
+
+def judge_predictions(predictions, tools_of, seen_tools):
+    """Judge every prediction. Returns (verdicts in their order, the report, {query: what it adds to each metric}).
+
+    `tools_of` maps a conversation id to its declared tools. `seen_tools` is the set of tool names of the train split, by which
+    queries are also reported apart, or None where that split is not at hand.
+    """
+    conversation_ids = dict.fromkeys(prediction["conversation_id"] for prediction in predictions)
+    read = {conversation_id: read_tools(tools_of[conversation_id]) for conversation_id in conversation_ids}
+    judged, groups = [], {"seen_tools": [], "unseen_tools": []}
+    for prediction in predictions:
+        tools, _ = read[prediction["conversation_id"]]
+        verdict = judge_turn(prediction["reference"], prediction["output"], prediction["finish_reason"], tools)
+        judged.append((prediction, verdict, count_verdict(prediction, verdict)))
+        # A query is about the tools it calls, or else about those it might call.
+        names = set(tools)
+        if verdict["expects_call"] and not verdict["faulty_reference"]:
+            names = {call["name"] for call in parse_calls(prediction["reference"])}
+        if seen_tools is not None and names:
+            groups["seen_tools" if names <= seen_tools else "unseen_tools"].append(judged[-1])
+    report = summarize(judged)
+    report["broken_declarations"] = sum(num_broken for _, num_broken in read.values())
+    if seen_tools is not None:
+        report |= {group: summarize(members) for group, members in groups.items()}
+    counts = {(prediction["conversation_id"], prediction["turn"]): count for prediction, _, count in judged}
+    return [verdict for _, verdict, _ in judged], report, counts
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -713,7 +718,7 @@ def write_json(path, content):
 def write_text(path, text):
     """Write a file whole or not at all."""
     unfinished = path.with_name(path.name + ".unfinished")
-    unfinished.write_text(text, encoding="utf-8", errors="surrogatepass")  # a model may say anything
+    unfinished.write_text(text, encoding="utf-8")
     os.replace(unfinished, path)
 
 
@@ -777,7 +782,8 @@ def read_predictions(path, queries):
                 sys.exit(f"error: {path}, line {number}: not a prediction for this test split ({error})")
             query = queries[place[key]]
             kept = {field: query[field] for field in ("conversation_id", "turn", "kind", "reference")}
-            found[key] = {"finish_reason": "end_of_turn", "score": None, **prediction, **kept}
+            output = prediction["output"].encode(errors="replace").decode()  # without lone surrogates, which no file can hold
+            found[key] = {"finish_reason": "end_of_turn", "score": None, **prediction, **kept, "output": output}
     if not found:
         sys.exit(f"error: {path}: no prediction in it")
     return [found[key] for key in sorted(found, key=place.get)]
@@ -792,7 +798,7 @@ def score_predictions(predictions, model, revision):
 
     tokenizer = Tokenizer.from_file(str(find_model(model, revision)[0] / "tokenizer.json"))
     for prediction in without:
-        texts = (prediction["reference"], prediction["output"].strip().encode(errors="replace").decode())
+        texts = (prediction["reference"], prediction["output"].strip())
         tokens = [tokenizer.encode(text, add_special_tokens=False).ids for text in texts]
         prediction["score"] = score_output(prediction["kind"], *tokens)
 
@@ -855,27 +861,33 @@ def format_table(label, report, base_report, published):
         return "-" if entry is None else f"{entry['value']:{sign}.3f} [{entry['interval'][0]:{sign}.3f}, {entry['interval'][1]:{sign}.3f}]"
 
     reports = [report] if base_report is None else [base_report, report]
-    titles = [label] if base_report is None else ["base", label, f"{label} - base"]
-    if published:
-        titles.append("published")
-    rows = [["", "n", *titles]]
-    groups = [("scores", ""), ("scores_on_seen_tools", ", tools seen in training"), ("scores_on_unseen_tools", ", tools never seen")]
-    for group, suffix in groups:
-        for metric, title in METRICS.items() if group == "scores" else [("turn_right", METRICS["turn_right"])]:
-            numbers = [str(run[group][metric]["n"]) if metric in run[group] else "0" for run in reports]
-            row = [title + suffix, "/".join(dict.fromkeys(numbers)), *(cell(run[group], metric) for run in reports)]
-            if base_report is not None:
-                row.append(cell(report["difference_to_base"], metric, "+") if group == "scores" else "")
-            if published:
-                row.append(published.get(metric, "") if group == "scores" else "")
-            rows.append(row)
+    titles = [label] if base_report is None else ["base", label]
+    rows = [["", "n", *titles, *([f"{label} - base"] if base_report is not None else []), *(["published"] if published else [])]]
+    groups = [(metric, "", reports) for metric in METRICS]
+    for group, suffix in (("seen_tools", ", tools seen in training"), ("unseen_tools", ", tools never seen")):
+        if group in report:
+            groups.append(("turn_right", suffix, [run[group] for run in reports]))
+    for metric, suffix, runs in groups:
+        numbers = [run["scores"].get(metric, {"n": 0})["n"] for run in runs]
+        row = [METRICS[metric] + suffix, "/".join(dict.fromkeys(f"{n:,}" for n in numbers if n is not None)),
+               *(cell(run["scores"], metric) for run in runs)]
+        if base_report is not None:
+            row.append("" if suffix else cell(report["difference_to_base"], metric, "+"))
+        if published:
+            row.append("" if suffix else published.get(metric, ""))
+        rows.append(row)
     lines = format_columns(rows)
     if published:
         lines.append("Published: base -> tuned, as in its README / its notebook; about 1,100 queries of the first 300 test conversations.")
-    lines += ["", *format_columns([["failures", *(titles[:len(reports)])]] + [
-        [failure, *(f"{run['failures'][failure]:,}" for run in reports)] for failure in FAILURES])]
+    for title, part in (("failures", "failures"), ("calls against their tools", "problems")):
+        table = [[name.replace("_", " "), *(f"{run[part][name]:,}" for run in reports)] for name in report[part]]
+        lines += ["", *format_columns([[title, *titles], *table])]
+    table = [[needed.replace("_", " "), *(f"{number:,}" for number in row.values())] for needed, row in report["decisions"].items()]
+    lines += ["", *format_columns([[f"decisions of {label}", *(decision.replace("_", " ") for decision in DECISIONS)], *table])]
     if report["faulty_references"]:
         lines.append(f"{report['faulty_references']:,} references hold a call that cannot be read; they are left out of the call scores.")
+    if report["broken_declarations"]:
+        lines.append(f"{report['broken_declarations']:,} tool declarations are broken or repeated; calls are not held against a broken one.")
     return "\n".join(lines)
 
 
@@ -898,7 +910,8 @@ def format_failures(predictions, verdicts, number):
         sides = [[piece for line in (title, *prediction[key].splitlines()) for piece in textwrap.wrap(line, width) or [""]]
                  for title, key in (("REFERENCE", "reference"), ("OUTPUT", "output"))]
         lines += [f"{left:<{width}} | {right}" for left, right in zip_longest(*sides, fillvalue="")]
-    return "\n".join(lines)
+    # A model may say anything, but not what steers a terminal.
+    return "\n".join("".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in line) for line in lines)
 
 
 def plot_comparison(label, report, base_report, name, path):
@@ -923,11 +936,11 @@ def plot_comparison(label, report, base_report, name, path):
                 left.text(max(high, entry["value"]) + 0.015, place, f"{entry['value']:.2f}", va="center", fontsize=13)
         right.barh([row + (position - (len(runs) - 1) / 2) * height for row in range(len(FAILURES))],
                    [run["failures"][failure] for failure in FAILURES], height * 0.9, color=color)
-    for row, kind in enumerate(KINDS):
-        for which, marker in zip(PUBLISHED.get(name, {}), "^Ds"):
-            score = PUBLISHED[name][which][list(KINDS).index(kind)]
-            left.plot(score, row + 0.48, marker=marker, color="#CC79A7", markeredgecolor="black", markersize=11, linestyle="",
-                      label=f"published, {which}" if row == 0 else None, clip_on=False)
+    for which, marker in zip(PUBLISHED.get(name, {}), "^Ds"):
+        # On the bar of what it is to be compared with: base on base, tuned on tuned.
+        place = (-0.5 if which == "base" else 0.5) * height if base_report is not None else 0
+        left.plot(PUBLISHED[name][which], [row + place for row in range(len(KINDS))], marker=marker, color="#CC79A7",
+                  markeredgecolor="black", markersize=12, linestyle="", label=f"published {which}", zorder=3)
     left.set(xlim=(0, 1.1), title=f"{name}: score with 95 % interval")
     left.set_yticks(range(len(shown)), [METRICS[metric] for metric in shown])
     right.set(title="failures by class, queries")
@@ -955,7 +968,7 @@ def write_report(args, results_dir, label, name, queries, predictions, facts):
         report["difference_to_base"] = compare_with_base(counts, base_counts)
     reasons = Counter(prediction["finish_reason"] for prediction in predictions)
     ends = {reason: reasons[reason] for reason in ("end_of_turn", "max_new_tokens", "prompt_too_long")}
-    write_json(results_dir / "metrics.json", {**report, "queries": len(predictions), "finish_reasons": ends, "run": facts})
+    write_json(results_dir / "metrics.json", {**report, "finish_reasons": ends, "run": facts})
     plot_comparison(label, report, base_report, name, results_dir.parent / "comparison.png")
     published = {}
     for position, kind in enumerate(KINDS if name in PUBLISHED else ()):

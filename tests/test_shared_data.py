@@ -77,3 +77,21 @@ def test_the_prompt_of_a_query_is_what_was_trained_before_its_turn(real_splits, 
         trained, labels = train.encode_conversation(messages, tagged)
         assert trained[:len(prompt)] == prompt
         assert labels[len(prompt)] == trained[len(prompt)]  # the answer, and so the loss, begins right there
+
+
+@needs_rows
+def test_every_real_reference_agrees_with_itself_and_every_count_adds_up(real_splits):
+    from test_judgement import check_sums
+
+    queries = [query for name in (prepare.TRAIN_FILE, prepare.TEST_FILE) for query in evaluation.read_queries(real_splits / name)]
+    assert sum(query["kind"] == "function_calling" for query in queries) == 211
+    assert all(evaluation.parse_calls(query["reference"]) for query in queries if query["kind"] == "function_calling")
+    predictions = [{**query, "output": query["reference"], "score": 1.0, "finish_reason": "end_of_turn"} for query in queries]
+    tools_of = {query["conversation_id"]: query["tools"] for query in queries}
+    _, report, _ = evaluation.judge_predictions(predictions, tools_of, evaluation.read_seen_tools(real_splits / prepare.TEST_FILE))
+    check_sums(report), check_sums(report["seen_tools"]), check_sums(report["unseen_tools"])
+    assert report["faulty_references"] == 0 and not any(report["failures"].values())
+    for metric in ("name_right", "arguments_right", "turn_right", "precision", "recall", "f1"):
+        assert report["scores"][metric]["value"] == 1.0
+    assert report["decisions"] == {"call_needed": {"call": 211, "no_call": 0, "malformed": 0},
+                                   "no_call_needed": {"call": 0, "no_call": 746, "malformed": 0}}
