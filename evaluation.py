@@ -68,8 +68,12 @@ GEMMA_TURNS = (
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(
-        description="Score how well a model calls functions and answers, before and after training (step 3 of 3)."
+        description="Score how well a model calls functions and answers, before and after training (step 3 of 3).",
+        allow_abbrev=False,
     )
+
+    def path(text):
+        return Path(text).expanduser()
 
     def add(flag, help, **options):
         default = options.get("default")
@@ -78,15 +82,15 @@ def parse_args(argv=None):
 
     add("--model", "hub id or local folder of the base model", default=DEFAULT_MODEL)
     add("--revision", "branch, tag or commit of the hub model (default: the one the adapter was trained on)")
-    add("--adapter", "folder of the adapter (default: LoRA_<model name>-function_calling)", type=Path)
+    add("--adapter", "folder of the adapter (default: LoRA_<model name>-function_calling)", type=path)
     add("--baseline", "score the untuned model, with its own tokenizer and chat template", action="store_true")
-    add("--test-file", "test split, as step 1 writes it", type=Path, default=DEFAULT_TEST_FILE)
-    add("--output-dir", "folder for the results; each model gets its own within", type=Path, default=Path("evaluation_results"))
+    add("--test-file", "test split, as step 1 writes it", type=path, default=DEFAULT_TEST_FILE)
+    add("--output-dir", "folder for the results; each model gets its own within", type=path, default=Path("evaluation_results"))
     add("--limit", "use only the first N conversations (the published run: 300)", type=int)
     add("--batch-size", "queries generated at once", type=int, default=24)
     add("--max-new-tokens", "longest output, tokens", type=int, default=256)
     add("--rescore", "compute everything again from predictions.jsonl: no model, no GPU, seconds", action="store_true")
-    add("--predictions", "score these predictions, made by something else (README.md names the fields)", type=Path, metavar="FILE")
+    add("--predictions", "score these predictions, made by something else (README.md names the fields)", type=path, metavar="FILE")
     add("--show-failures", "print N failures, reference and output side by side", type=int, default=0, metavar="N")
     add("--resume", "go on with an interrupted evaluation", action="store_true")
     add("--overwrite", "replace an earlier or unfinished evaluation", action="store_true")
@@ -449,6 +453,24 @@ def sha256_of_file(path):
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def check_split(path):
+    """Return the sha256 of a split; end the program if it is missing or not the one its dataset_info.json describes."""
+    if not path.is_file():
+        sys.exit(f"error: {path} not found: run prepare_function_calling_dataset.py first, or give --test-file")
+    sha256 = sha256_of_file(path)
+    info_path = path.parent / "dataset_info.json"
+    if info_path.is_file():
+        try:
+            info = json.loads(info_path.read_text(encoding="utf-8"))
+            described = {split["file"]: split["sha256"] for split in (info["train"], info["test"])}
+        except (ValueError, KeyError, TypeError):
+            sys.exit(f"error: {info_path} cannot be read: run prepare_function_calling_dataset.py again")
+        if described.get(path.name, sha256) != sha256:
+            sys.exit(f"error: {path} is not the file that {info_path} describes: run prepare_function_calling_dataset.py "
+                     "again, or remove dataset_info.json if you changed the split yourself")
+    return sha256
+
+
 def check_messages(messages):
     """Raise ValueError unless `messages` are turns of a conversation in which the model speaks."""
     previous = None
@@ -456,6 +478,7 @@ def check_messages(messages):
         role = message["role"]
         if role not in ("user", "assistant", "tool") or not isinstance(message["content"], str):
             raise ValueError("a role or a content is wrong")
+        message["content"].encode()  # a lone surrogate is no text
         if (role == "assistant") != (previous in ("user", "tool")) or (previous is None and role == "tool"):
             raise ValueError("turns are out of order")
         previous = role
@@ -477,8 +500,6 @@ def read_queries(path, limit=None):
     "turn" is the position of the model turn among the messages, "prompt" the messages before it, "tools" the list of declared
     tools. A bad line ends the program.
     """
-    if not path.is_file():
-        sys.exit(f"error: {path} not found: run prepare_function_calling_dataset.py first, or give --test-file")
     queries, ids, num_rows = [], set(), 0
     with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
@@ -551,6 +572,16 @@ def download_model(model, revision):
     except (OSError, HTTPError, ValueError) as error:
         reason = str(error.__cause__ or error).splitlines()[0]
         sys.exit(f"error: {model} could not be downloaded ({reason}): check the network and HF_ENDPOINT, then run this again")
+
+
+def hash_local_weights(folder, commit):
+    """sha256 over the weights of a local model, whose name alone says little; None for a hub model, which has its commit."""
+    if commit:
+        return None
+    sha256 = hashlib.sha256()
+    for path in sorted(folder.glob("*.safetensors")):
+        sha256.update(bytes.fromhex(sha256_of_file(path)))
+    return sha256.hexdigest()
 
 
 def load_tokenizer(folder):
@@ -679,6 +710,8 @@ def answer_queries(queries, model, tokenizer, scorer, args):
 
     stop_ids = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<end_of_turn>")]
     longest_prompt = model.config.get_text_config().max_position_embeddings - args.max_new_tokens
+    if longest_prompt < 1:
+        sys.exit(f"error: --max-new-tokens {args.max_new_tokens} leaves no room for a prompt in the model's context")
     prompts = [encode_prompt(query["prompt"], tokenizer, args.baseline) for query in queries]
 
     def predict(query, prompt, output, finish_reason, output_tokens):
@@ -692,6 +725,7 @@ def answer_queries(queries, model, tokenizer, scorer, args):
     if too_long:
         yield [predict(queries[index], prompts[index], "", "prompt_too_long", 0) for index in too_long]
     order = sorted(set(range(len(queries))) - set(too_long), key=lambda index: (-len(prompts[index]), index))
+    last_told = time.monotonic()
     with tqdm(total=len(queries), initial=len(too_long), desc="Answering", unit=" queries", disable=None) as progress:
         for start in range(0, len(order), args.batch_size):
             batch = order[start:start + args.batch_size]
@@ -704,6 +738,9 @@ def answer_queries(queries, model, tokenizer, scorer, args):
                 predictions.append(predict(queries[index], prompts[index], text, "end_of_turn" if ended else "max_new_tokens", len(tokens)))
             yield predictions
             progress.update(len(batch))
+            if progress.disable and time.monotonic() - last_told > 60:  # no terminal is watching: a line a minute
+                last_told = time.monotonic()
+                print(f"{len(too_long) + start + len(batch):,} of {len(queries):,} queries answered", flush=True)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -829,13 +866,21 @@ def read_seen_tools(test_file):
     return seen
 
 
-def load_base(base_dir, test_sha256, queries):
-    """The predictions of an earlier evaluation of the base model on this very test split, or None."""
+def load_base(base_dir, facts, queries):
+    """The predictions of the base model that those of the run described by `facts` can be compared with, or None.
+
+    They must be finished, and of the same test split and output length.
+    """
+    if (base_dir / "predictions.partial.jsonl").exists():
+        return None
     try:
-        metrics = json.loads((base_dir / "metrics.json").read_text(encoding="utf-8"))
-        if metrics["run"]["test_split_sha256"] != test_sha256:
-            return None
+        base = json.loads((base_dir / "metrics.json").read_text(encoding="utf-8"))["run"]
+        same_split = base["test_split_sha256"] == facts["test_split_sha256"]
+        same_length = base.get("max_new_tokens") == facts.get("max_new_tokens", base.get("max_new_tokens"))
     except (OSError, ValueError, KeyError, TypeError):
+        return None
+    if not (same_split and same_length):
+        print(f"note: {base_dir} is of another test split or --max-new-tokens, and is left out")
         return None
     return read_predictions(base_dir / "predictions.jsonl", queries)
 
@@ -957,11 +1002,14 @@ def plot_comparison(label, report, base_report, name, path):
 
 
 def write_report(args, results_dir, label, name, queries, predictions, facts):
-    """Judge the predictions, write metrics.json (with `facts` of the run) and comparison.png, and print the table."""
+    """Judge the predictions, write metrics.json (with `facts` of the run) and comparison.png, and print the table.
+
+    `queries` are all of the test split: those of the base model may be others than those of `predictions`.
+    """
     tools_of = {query["conversation_id"]: query["tools"] for query in queries}
     seen_tools = read_seen_tools(args.test_file)
     verdicts, report, counts = judge_predictions(predictions, tools_of, seen_tools)
-    base_report, base = None, None if label == "base" else load_base(results_dir.parent / "base", facts["test_split_sha256"], queries)
+    base_report, base = None, None if label == "base" else load_base(results_dir.parent / "base", facts, queries)
     report["difference_to_base"] = {}
     if base:
         _, base_report, base_counts = judge_predictions(base, tools_of, seen_tools)
@@ -986,19 +1034,20 @@ def main(argv=None):
     args = parse_args(argv)
     name = model_name(args.model)
     default_adapter = Path(f"LoRA_{name}-function_calling")
+    is_default = args.adapter is None or args.adapter.resolve() == default_adapter.resolve()
     if args.predictions:
         label = args.predictions.stem
     else:
-        is_default = args.adapter is None or args.adapter.resolve() == default_adapter.resolve()
         label = "base" if args.baseline else "tuned" if is_default else args.adapter.resolve().name
-    if not args.baseline and label == "base":
-        sys.exit("error: results named base are those of the untuned model: give the adapter or predictions another name")
+    if label in ("base", "tuned") and not (args.baseline or (is_default and not args.predictions)):
+        sys.exit(f"error: {label} is the name of this model's own results: give the adapter or the predictions another one")
     results_dir = args.output_dir / name / label
-    queries = read_queries(args.test_file, None if args.predictions or args.rescore else args.limit)
-    test_sha256 = sha256_of_file(args.test_file)
+    test_sha256 = check_split(args.test_file)
+    every_query = read_queries(args.test_file)
     if args.predictions or args.rescore:
-        rescore(args, results_dir, label, name, queries, test_sha256)
+        rescore(args, results_dir, label, name, every_query, test_sha256)
         return
+    queries = read_queries(args.test_file, args.limit) if args.limit else every_query
 
     adapter_dir = None if args.baseline else args.adapter or default_adapter
     training_run = check_adapter(adapter_dir, args.model) if adapter_dir else {}
@@ -1007,6 +1056,9 @@ def main(argv=None):
     if finished and not (args.resume or args.overwrite):
         sys.exit(f"error: {results_dir} holds a finished evaluation: --overwrite replaces it, --rescore scores it again")
     model_dir, commit = find_model(args.model, args.revision or training_run.get("commit"))
+    weights_sha256 = hash_local_weights(model_dir, commit)
+    if weights_sha256 and training_run.get("weights_sha256") not in (None, weights_sha256):
+        sys.exit(f"error: the adapter in {adapter_dir} was trained on other weights than those in {model_dir}: give its own --model")
 
     warnings.filterwarnings("ignore", category=FutureWarning)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
@@ -1024,6 +1076,7 @@ def main(argv=None):
     identity = {
         "model": name,
         "commit": commit,
+        "weights_sha256": weights_sha256,
         "adapter_sha256": sha256_of_file(adapter_dir / "adapter_model.safetensors") if adapter_dir else None,
         "test_split_sha256": test_sha256,
         "chat_template_sha256": hashlib.sha256(tokenizer.chat_template.encode()).hexdigest(),
@@ -1073,8 +1126,8 @@ def main(argv=None):
         "queries_in_these_seconds": len(remaining),
         "versions": {package: importlib.metadata.version(package) for package in ("torch", "transformers", "peft", "numpy")},
     }
-    write_report(args, results_dir, label, name, queries, predictions, facts)
-    partial_path.unlink()
+    write_report(args, results_dir, label, name, every_query, predictions, facts)
+    partial_path.unlink(missing_ok=True)
 
 
 def read_run(results_dir):
@@ -1120,6 +1173,7 @@ def describe_other_split(test_file, training_run):
 
 def exit_cleanly(main):
     """Run `main`; an interruption or a failing disk ends in one line and an exit code instead of a traceback."""
+    sys.stdout.reconfigure(errors="backslashreplace")  # whatever the terminal cannot show
     try:
         main()
     except KeyboardInterrupt:

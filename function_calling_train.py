@@ -82,8 +82,12 @@ FREE_ARGUMENTS = {"resume", "overwrite", "merge", "push_to_hub", "report_to", "o
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(
-        description="Fine-tune Gemma 3 to call functions, with LoRA (step 2 of 3). The defaults are the published recipe."
+        description="Fine-tune Gemma 3 to call functions, with LoRA (step 2 of 3). The defaults are the published recipe.",
+        allow_abbrev=False,
     )
+
+    def path(text):
+        return Path(text).expanduser()
 
     def add(flag, help, **options):
         default = options.get("default")
@@ -93,8 +97,8 @@ def parse_args(argv=None):
     # Model and data
     add("--model", "hub id or local folder of a Gemma 3 text model", default=DEFAULT_MODEL)
     add("--revision", "branch, tag or commit of the hub model (default: its main branch)")
-    add("--train-file", "train split, as step 1 writes it", type=Path, default=DEFAULT_TRAIN_FILE)
-    add("--output-dir", "folder for the adapter (default: LoRA_<model name>-function_calling)", type=Path)
+    add("--train-file", "train split, as step 1 writes it", type=path, default=DEFAULT_TRAIN_FILE)
+    add("--output-dir", "folder for the adapter (default: LoRA_<model name>-function_calling)", type=path)
     # Recipe
     add("--epochs", "passes over the training conversations", type=float, default=1.0)
     add("--conversations-per-step", "conversations per optimizer step, over all processes", type=int, default=4)
@@ -116,7 +120,7 @@ def parse_args(argv=None):
     add("--load-in-4bit", "QLoRA: hold the base model in 4 bits (nf4); needs CUDA", action="store_true")
     # Short runs, going on, and what to do with the result
     add("--limit", "use only the first N conversations", type=int)
-    add("--max-steps", "stop after N optimizer steps", type=int)
+    add("--max-steps", "train N optimizer steps, in place of --epochs", type=int)
     add("--resume", "go on from the last checkpoint of the same run", action="store_true")
     add("--overwrite", "replace an earlier result or unfinished run", action="store_true")
     add("--merge", "also write the merged model to <output dir>-merged, in fp32", action="store_true")
@@ -134,6 +138,8 @@ def parse_args(argv=None):
             parser.error(f"--{name.replace('_', '-')} must lie in [0, 1), not {getattr(args, name)}")
     if not 0 < args.validation_size < 1:
         parser.error(f"--validation-size must lie in (0, 1), not {args.validation_size}")
+    if not 0 <= args.weight_decay < math.inf:
+        parser.error(f"--weight-decay must not be negative, and finite, not {args.weight_decay}")
     if not 0 <= args.seed < 2**32:
         parser.error(f"--seed must lie in [0, 2**32), not {args.seed}")
     if args.resume and args.overwrite:
@@ -186,6 +192,16 @@ def download_model(model, revision):
         sys.exit(f"error: {model} could not be downloaded ({reason}): check the network and HF_ENDPOINT, then run this again")
 
 
+def hash_local_weights(folder, commit):
+    """sha256 over the weights of a local model, whose name alone says little; None for a hub model, which has its commit."""
+    if commit:
+        return None
+    sha256 = hashlib.sha256()
+    for path in sorted(folder.glob("*.safetensors")):
+        sha256.update(bytes.fromhex(sha256_of_file(path)))
+    return sha256.hexdigest()
+
+
 def load_tokenizer(folder):
     from transformers import AutoTokenizer
 
@@ -221,6 +237,7 @@ def check_messages(messages):
         role = message["role"]
         if role not in ("user", "assistant", "tool") or not isinstance(message["content"], str):
             raise ValueError("a role or a content is wrong")
+        message["content"].encode()  # a lone surrogate is no text
         if (role == "assistant") != (previous in ("user", "tool")) or (previous is None and role == "tool"):
             raise ValueError("turns are out of order")
         previous = role
@@ -436,6 +453,8 @@ def lora_config(args, tag_ids):
 def build_trainer(model, tokenizer, tag_ids, training, validation, args, device, dtype, checkpoint_dir, num_processes=1):
     """Put LoRA and the trainable tag rows on the model and build the SFTTrainer of the recipe."""
     import torch
+    from tqdm import tqdm
+    from transformers import TrainerCallback
     from transformers.trainer_callback import PrinterCallback, ProgressCallback
     from trl import SFTConfig, SFTTrainer
 
@@ -451,31 +470,48 @@ def build_trainer(model, tokenizer, tag_ids, training, validation, args, device,
             # The library averages over rows what is here a row's share in the mean over tokens.
             return loss * num_labels / (num_rows * labels_per_row), logits, labels
 
-    class RunProgress(ProgressCallback):
-        """A progress bar with the losses; notes the time spent, and stops a run whose loss is no number."""
+    class RunProgress(TrainerCallback):
+        """A progress bar (lines, where no terminal is watching); notes the time spent, and stops a run whose loss is no number."""
 
         def __init__(self):
-            super().__init__()
-            self.losses, self.start, self.seconds_before = {}, time.monotonic(), 0.0
+            self.bar, self.losses, self.start, self.seconds_before, self.num_validated = None, {}, time.monotonic(), 0.0, 0
 
         def on_train_begin(self, args, state, control, **kwargs):
-            super().on_train_begin(args, state, control, **kwargs)
+            self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="Training", unit=" steps", dynamic_ncols=True,
+                            disable=None if state.is_world_process_zero else True)
             self.start = time.monotonic()
             # A resumed run goes on counting from where its checkpoint stood.
             self.seconds_before = state.log_history[-1]["elapsed_seconds"] if state.log_history else 0.0
 
+        def on_step_end(self, args, state, control, **kwargs):
+            self.bar.update()
+
+        def on_prediction_step(self, args, state, control, **kwargs):
+            self.num_validated += 1
+            if self.bar is not None:
+                self.bar.set_postfix({**self.losses, "validating": self.num_validated})
+
         def on_log(self, args, state, control, logs=None, **kwargs):
             entry = state.log_history[-1]
             entry["elapsed_seconds"] = self.seconds_before + time.monotonic() - self.start
+            self.num_validated = 0
             for key, label in (("loss", "loss"), ("eval_loss", "validation loss")):
-                if key in entry:
-                    if not math.isfinite(entry[key]):
-                        good = find_checkpoints(Path(args.output_dir))
-                        sys.exit(f"error: the {label} became {entry[key]} by step {state.global_step}; the last good checkpoint is "
-                                 f"{good[-1] if good else 'none'}; start anew with --overwrite and a lower --learning-rate")
-                    self.losses[label] = f"{entry[key]:.4f}"
-            if self.training_bar is not None:
-                self.training_bar.set_postfix(self.losses)
+                if key not in entry:
+                    continue
+                if not math.isfinite(entry[key]):
+                    good = find_checkpoints(Path(args.output_dir))
+                    sys.exit(f"error: the {label} became {entry[key]} by step {state.global_step}; the last good checkpoint is "
+                             f"{good[-1] if good else 'none'}; start anew with --overwrite and a lower --learning-rate")
+                self.losses[label] = f"{entry[key]:.4f}"
+                if self.bar is not None:
+                    self.bar.set_postfix(self.losses)
+                    if self.bar.disable and state.is_world_process_zero:
+                        print(f"step {state.global_step:,} of {state.max_steps:,}: {label} {entry[key]:.4f}, "
+                              f"{entry['elapsed_seconds']:,.0f} s", flush=True)
+
+        def close_bar(self):
+            if self.bar is not None:
+                self.bar.close()
 
     steps_per_epoch = math.ceil(len(training) / args.conversations_per_step)
     num_steps = args.max_steps or math.ceil(steps_per_epoch * args.epochs)
@@ -535,24 +571,28 @@ def build_trainer(model, tokenizer, tag_ids, training, validation, args, device,
         score_only_labelled_positions(trainer.model.get_base_model())
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
-    trainer.add_callback(RunProgress())
+    trainer.progress = RunProgress()
+    trainer.add_callback(trainer.progress)
     return trainer
 
 
 def find_checkpoints(checkpoint_dir):
-    """The whole checkpoints in a folder, oldest first. trainer_state.json is written last: without it one is torn."""
+    """The whole checkpoints in a folder, oldest first; one that a kill or a power cut tore is not among them."""
     found = []
     for folder in checkpoint_dir.glob("checkpoint-*"):
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            found.append((json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))["global_step"], folder))
+        parts = ["adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state*.pth"]
+        if all(any(path.stat().st_size for path in folder.glob(part)) for part in parts):
+            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # trainer_state.json is written last
+                found.append((json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))["global_step"], folder))
     return [folder for _, folder in sorted(found)]
 
 
-def describe_run(args, commit, split_sha256):
+def describe_run(args, commit, weights_sha256, split_sha256):
     """All that the result of a run depends on, as it stands in run.json and, with more, in training_run.json."""
     return {
         "model_name": Path(args.model).expanduser().resolve().name,
         "commit": commit,
+        "weights_sha256": weights_sha256,
         "train_split_sha256": split_sha256,
         "chat_template_sha256": hashlib.sha256(CHAT_TEMPLATE.encode()).hexdigest(),
         "arguments": {key: value for key, value in vars(args).items() if key not in FREE_ARGUMENTS},
@@ -634,15 +674,17 @@ def plot_losses(log_history, path, title):
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import MaxNLocator
 
     training = [(entry["step"], entry["loss"]) for entry in log_history if "loss" in entry]
     validation = [(entry["step"], entry["eval_loss"]) for entry in log_history if "eval_loss" in entry]
     best = min(validation, key=lambda point: point[1])
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    axes.plot(*zip(*training), color="#0072B2", label="training")
+    axes.plot(*zip(*training), color="#0072B2", marker="." if len(training) < 30 else None, label="training")
     axes.plot(*zip(*validation), color="#D55E00", marker="o", label="validation")
     axes.plot(*best, color="#D55E00", marker="*", markersize=16, linestyle="", label=f"kept: {best[1]:.3f} at step {best[0]}")
     axes.set(title=title, xlabel="optimizer step", ylabel="loss (nats per token)")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=150)
@@ -651,12 +693,16 @@ def plot_losses(log_history, path, title):
 
 def peak_memory(device):
     """Peak memory of this process in bytes: {"host": ..., "device": ... (GPU only)}."""
-    import resource
-
+    import psutil
     import torch
 
-    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on macOS, in KiB on Linux
-    memory = {"host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
+    if sys.platform == "win32":
+        memory = {"host": psutil.Process().memory_info().peak_wset}
+    else:
+        import resource
+
+        unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on macOS, in KiB on Linux
+        memory = {"host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
     if device == "cuda":
         memory["device"] = torch.cuda.max_memory_allocated()
     elif device == "mps":
@@ -729,8 +775,13 @@ def finish(args, output_dir, merged_dir, model_dir):
         print(f"Merged      {merged_dir}/")
     if args.push_to_hub:
         from huggingface_hub import HfApi
+        from huggingface_hub.errors import HTTPError
 
-        HfApi().upload_folder(repo_id=args.push_to_hub, folder_path=output_dir, commit_message="Add adapter")
+        try:
+            HfApi().upload_folder(repo_id=args.push_to_hub, folder_path=output_dir, commit_message="Add adapter")
+        except (OSError, HTTPError, ValueError) as error:
+            sys.exit(f"error: {output_dir} is complete, but was not uploaded ({str(error).splitlines()[0]}): run the same command "
+                     "with --resume to try again")
         print(f"Uploaded    https://huggingface.co/{args.push_to_hub}")
     command = ["python", "evaluation.py"]
     if args.model != DEFAULT_MODEL:
@@ -757,6 +808,8 @@ def main(argv=None):
     output_dir = args.output_dir or default_output_dir(args.model)
     if output_dir.name in ("", "..") or output_dir.is_symlink():  # such as "."
         output_dir = output_dir.resolve()
+    if not output_dir.name:
+        sys.exit(f"error: --output-dir {output_dir} cannot be a folder of results")
     checkpoint_dir, merged_dir = (output_dir.with_name(f"{output_dir.name}-{kind}") for kind in ("checkpoints", "merged"))
 
     # Whatever can be refused is refused before anything heavy is loaded, and before anything is written.
@@ -772,9 +825,11 @@ def main(argv=None):
         if unfinished:
             sys.exit(f"error: {checkpoint_dir} holds an unfinished run: --resume goes on with it, --overwrite starts anew")
         if finished:
-            sys.exit(f"error: {output_dir} holds a finished run: --overwrite replaces it, --resume keeps it")
-    for folder, mark in ((output_dir, "training_run.json"), (checkpoint_dir, "*run.json"), (merged_dir, "model*.safetensors")):
-        if folder.exists() and not (folder.is_dir() and (any(folder.glob(mark)) or not any(folder.iterdir()))):
+            sys.exit(f"error: {output_dir} holds a finished run: --overwrite replaces it, --resume keeps it, to --merge or upload it")
+    for folder, marks in ((output_dir, ["training_run.json"]), (checkpoint_dir, ["*run.json", "checkpoint-*"]),
+                          (merged_dir, ["model*.safetensors"])):
+        ours = folder.is_dir() and (not any(folder.iterdir()) or any(any(folder.glob(mark)) for mark in marks))
+        if folder.exists() and not ours:
             sys.exit(f"error: {folder} is in the way, and not the work of this script: move it, or choose another --output-dir")
     device, dtype = choose_device()
     if args.load_in_4bit and device != "cuda":
@@ -783,15 +838,6 @@ def main(argv=None):
     if args.resume and not revision:  # the commit the run began with, even if the hub's main branch has moved on
         revision = recorded_commit(checkpoint_dir / "run.json" if unfinished else output_dir / "training_run.json")
     model_dir, commit = find_model(args.model, revision)
-    description = describe_run(args, commit, split_sha256)
-    if finished and args.resume:
-        refuse_other_run(output_dir / "training_run.json", description)
-        if is_main:
-            print(f"Finished    {output_dir} is complete; nothing is left to train")
-            if args.push_to_hub:
-                create_hub_repository(args.push_to_hub)
-            finish(args, output_dir, merged_dir, model_dir)
-        return
 
     # The libraries' advice to their own developers is no news to who runs this.
     warnings.filterwarnings("ignore", category=FutureWarning)
@@ -801,6 +847,16 @@ def main(argv=None):
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()  # of loading weights; training shows its own
+    description = describe_run(args, commit, hash_local_weights(model_dir, commit), split_sha256)
+    if finished and args.resume:
+        refuse_other_run(output_dir / "training_run.json", description)
+        if is_main:
+            print(f"Finished    {output_dir} is complete; nothing is left to train")
+            if args.push_to_hub:
+                create_hub_repository(args.push_to_hub)
+            finish(args, output_dir, merged_dir, model_dir)
+        return
+
     tokenizer, tag_pieces = claim_unused_slots(load_tokenizer(model_dir))
     tokenizer.chat_template = CHAT_TEMPLATE
     dataset, num_too_long = build_dataset(args.train_file, tokenizer, args, show_progress=is_main)
@@ -831,7 +887,10 @@ def main(argv=None):
         if not is_main:
             checkpoint = find_checkpoints(checkpoint_dir)[-1:] if args.resume else []
             checkpoint = checkpoint[0] if checkpoint else None
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        try:
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        finally:
+            trainer.progress.close_bar()
     except torch.OutOfMemoryError:
         sys.exit("error: out of GPU memory: go on with --resume and --activation-checkpointing or a smaller --batch-size, or start "
                  "anew with --overwrite and a smaller --max-length or --load-in-4bit")
@@ -887,23 +946,31 @@ def main(argv=None):
 def create_hub_repository(repo):
     """Make sure that the adapter can be uploaded, before hours are spent on training it."""
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
+    from huggingface_hub.errors import HTTPError
 
     try:
         HfApi().create_repo(repo, private=True, exist_ok=True)
-    except (HfHubHTTPError, LocalTokenNotFoundError, OSError, ValueError) as error:
+    except (OSError, HTTPError, ValueError) as error:
         sys.exit(f"error: --push-to-hub {repo}: {str(error).splitlines()[0]}: run `hf auth login` with a token that may write")
 
 
 def exit_cleanly(main):
     """Run `main`; an interruption or a failing disk ends in one line and an exit code instead of a traceback."""
+    sys.stdout.reconfigure(errors="backslashreplace")  # whatever the terminal cannot show
     try:
         main()
     except KeyboardInterrupt:
-        print("\ninterrupted: run the same command with --resume (in place of --overwrite) to go on from the last checkpoint", file=sys.stderr)
+        print("\ninterrupted: run the same command with --resume (in place of --overwrite) to go on from the last checkpoint",
+              file=sys.stderr)
         sys.exit(130)
     except OSError as error:
         sys.exit(f"error: {error}")
+    except Exception as error:
+        # What safetensors and torch.save say of a full disk is no OSError.
+        if not re.search("os error|No space left|unexpected pos|PytorchStreamWriter", str(error)):
+            raise
+        sys.exit(f"error: a file could not be written ({str(error).splitlines()[0]}): make room on the disk, then run the same "
+                 "command with --resume (in place of --overwrite)")
 
 
 if __name__ == "__main__":

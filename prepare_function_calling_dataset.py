@@ -64,7 +64,7 @@ READ_SIZE = 1 << 20  # characters of a JSON array read at a time
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(
-        description="Turn function-calling conversations into train and test splits (step 1 of 3)."
+        description="Turn function-calling conversations into train and test splits (step 1 of 3).", allow_abbrev=False
     )
     parser.add_argument(
         "--dataset", default=DEFAULT_DATASET,
@@ -75,7 +75,7 @@ def parse_args(argv=None):
     )
     parser.add_argument("--revision", help="branch, tag or commit of the hub dataset (default: its main branch)")
     parser.add_argument(
-        "--output-dir", type=Path, default=Path("processed_data"), help="folder for the splits (default: %(default)s)"
+        "--output-dir", type=lambda text: Path(text).expanduser(), default=Path("processed_data"), help="folder for the splits (default: %(default)s)"
     )
     parser.add_argument(
         "--test-size", type=float, default=0.2, help="share of the rows drawn for the test split, in (0, 1) (default: %(default)s)"
@@ -157,8 +157,8 @@ def read_json_array(file, path):
                     fail(error.msg)
                 line += text.count("\n", 0, position)
                 text, position = text[position:] + more, 0
-            except RecursionError:
-                fail("nested too deeply")
+            except (RecursionError, ValueError) as error:  # ValueError: a number of thousands of digits
+                fail("nested too deeply" if isinstance(error, RecursionError) else error)
         yield item
         position = end
         separator_due = True
@@ -179,10 +179,9 @@ def read_local_rows(path):
                 continue
             try:
                 yield json.loads(line)
-            except json.JSONDecodeError as error:
-                sys.exit(f"error: {path}, line {number}: invalid JSON ({error.msg} at column {error.colno})")
-            except RecursionError:
-                sys.exit(f"error: {path}, line {number}: invalid JSON (nested too deeply)")
+            except (RecursionError, ValueError) as error:
+                reason = "nested too deeply" if isinstance(error, RecursionError) else error
+                sys.exit(f"error: {path}, line {number}: invalid JSON ({reason}); a row stands on one line, or all in one array")
 
 
 def load_hub_rows(dataset, config, revision):
@@ -432,11 +431,13 @@ def write_splits(rows, resolved_revision, args):
 
         if not ids:
             reasons = "; ".join(f"{dropped[reason]:,} rows: {reason}" for reason in DROP_REASONS if dropped[reason])
-            sys.exit(f"error: {args.dataset}: no usable row ({reasons or 'it holds no rows'})")
+            hint = '; a row needs "conversations", a list of {"from", "value"}' if dropped[MISSING_TURN] else ""
+            sys.exit(f"error: {args.dataset}: no usable row ({reasons or 'it holds no rows'}{hint})")
         try:
             train_rows, test_rows = draw_split(len(offsets), args.test_size, args.seed)
-        except ValueError as error:
-            sys.exit(f"error: {args.dataset}: {len(offsets)} rows cannot be split with --test-size {args.test_size} ({error})")
+        except ValueError:
+            sys.exit(f"error: {args.dataset}: {len(offsets)} row(s) cannot be split with --test-size {args.test_size}: each split needs "
+                     "at least one")
         with tempfile.TemporaryDirectory(dir=args.output_dir, prefix=".unfinished-") as staging:
             staging = Path(staging)
             train, train_seen = write_split(staging / TRAIN_FILE, train_rows, offsets, scratch)
@@ -471,7 +472,7 @@ def write_splits(rows, resolved_revision, args):
 def main(argv=None):
     args = parse_args(argv)
     if is_local(args.dataset):
-        path = Path(args.dataset)
+        path = Path(args.dataset).expanduser()
         if args.config or args.revision:
             sys.exit(f"error: --config and --revision are for hub datasets; --dataset {args.dataset} is a local file")
         if not path.is_file():
@@ -521,6 +522,7 @@ def print_summary(args, info):
 
 def exit_cleanly(main):
     """Run `main`; an interruption or a failing disk ends in one line and an exit code instead of a traceback."""
+    sys.stdout.reconfigure(errors="backslashreplace")  # whatever the terminal cannot show
     try:
         main()
     except KeyboardInterrupt:

@@ -315,6 +315,36 @@ def test_a_bad_line_of_the_split_is_named(tmp_path, line):
         evaluation.read_queries(path)
 
 
+def test_another_model_of_the_same_name_is_refused(tiny_model, splits, tuned, tmp_path):
+    namesake = make_model(tmp_path / tiny_model.name, intermediate_size=96)
+    with pytest.raises(SystemExit, match="trained on other weights"):
+        evaluate(tuned, namesake, splits, "--output-dir", str(tmp_path / "out"))
+
+
+def test_a_test_split_that_changed_since_it_was_prepared_is_refused(tiny_model, tmp_path, monkeypatch):
+    source = write_rows(tmp_path / "rows.jsonl", [make_row(number) for number in range(20)])
+    prepare.main(["--dataset", str(source), "--output-dir", str(tmp_path / "processed_data")])
+    path = tmp_path / "processed_data" / prepare.TEST_FILE
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:2]))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match="is not the file that"):
+        evaluation.main(["--model", str(tiny_model), "--baseline"])
+
+
+def test_base_and_tuned_of_different_queries_are_compared_on_those_both_answered(tiny_model, splits, tuned, tmp_path, capsys):
+    output = ["--output-dir", str(tmp_path)]
+    evaluate(tuned, tiny_model, splits, "--baseline", *output)
+    evaluate(tuned, tiny_model, splits, "--limit", "3", *output)
+    metrics = json.loads((tmp_path / tiny_model.name / "tuned" / "metrics.json").read_text())
+    assert metrics["queries"] < 14
+    n = metrics["difference_to_base"]["function_calling"]["n"]
+    assert n == metrics["scores"]["function_calling"]["n"] < 6 and f"6/{n}" in capsys.readouterr().out
+    evaluate(tuned, tiny_model, splits, "--max-new-tokens", "5", "--overwrite", *output)
+    assert "is left out" in capsys.readouterr().out  # outputs of another length are no comparison
+    with pytest.raises(SystemExit, match="leaves no room for a prompt"):
+        evaluate(tuned, tiny_model, splits, "--max-new-tokens", "100000", "--overwrite", *output)
+
+
 def test_another_train_split_beside_the_test_split_is_told(tiny_model, splits, tuned, tmp_path):
     run = json.loads((tuned / f"LoRA_{tiny_model.name}-function_calling" / "training_run.json").read_text())
     assert evaluation.describe_other_split(splits / "function_calling_test.jsonl", run) is None

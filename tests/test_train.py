@@ -337,12 +337,18 @@ def test_a_killed_run_goes_on_to_the_very_same_adapter(tiny_model, splits, tmp_p
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
-    (checkpoints / "checkpoint-999").mkdir()  # one that was being written: no trainer_state.json yet
+    (checkpoints / "checkpoint-999").mkdir()  # one that was being written: its files are not all there
+    for name in ("adapter_model.safetensors", "scheduler.pt", "rng_state.pth", "trainer_state.json"):
+        (checkpoints / "checkpoint-999" / name).write_text('{"global_step": 999}')
+    (checkpoints / "checkpoint-999" / "optimizer.pt").touch()  # what a power cut leaves
 
     refused = run_script(SCRIPT, *arguments, cwd=killed)
     assert_fails_in_one_line(refused, "unfinished run", "--resume", "--overwrite")
     other = run_script(SCRIPT, *arguments, "--resume", "--learning-rate", "0.5", cwd=killed)
     assert_fails_in_one_line(other, "another run", "learning_rate was 0.0001, is 0.5")
+    namesake = make_model(tmp_path / "other" / tiny_model.name, hidden_size=48)  # another model in a folder of the same name
+    other = run_script(SCRIPT, *arguments, "--resume", "--model", namesake, cwd=killed)
+    assert_fails_in_one_line(other, "another run", "weights_sha256 was")
     resumed = run_script(SCRIPT, *arguments, "--resume", cwd=killed)
     assert resumed.returncode == 0, resumed.stderr
     assert "Resuming    from checkpoint-" in resumed.stdout
@@ -448,9 +454,20 @@ def test_a_run_killed_before_its_first_checkpoint_starts_from_the_beginning(tiny
 def test_a_loss_that_is_no_number_stops_the_run(tiny_model, splits, tmp_path):
     process = run_script(SCRIPT, "--model", tiny_model, "--train-file", splits / "function_calling_train.jsonl",
                          "--learning-rate", "1e30", "--epochs", "4", cwd=tmp_path)
-    assert process.returncode == 1 and "Traceback" not in process.stderr
-    assert re.search(r"error: the (validation )?loss became (nan|inf) by step \d+.*--learning-rate", process.stderr)
+    assert_fails_in_one_line(process, "loss became", " by step ", "--learning-rate")
+    assert re.search(r"the (validation )?loss became (nan|inf) by step \d+", process.stderr)
     assert not (tmp_path / "LoRA_tiny-gemma-function_calling").exists()
+
+
+def test_a_full_disk_ends_in_one_line_and_leaves_what_there_was(tiny_model, splits, tmp_path):
+    """RLIMIT_FSIZE stands for the full disk: no file may grow over 60 kB, less than a checkpoint's adapter."""
+    code = (f"import resource, runpy, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+            f"resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000)); sys.argv = {[SCRIPT, '--model', str(tiny_model)]!r} + "
+            f"['--train-file', {str(splits / 'function_calling_train.jsonl')!r}]; "
+            f"runpy.run_path({str(ROOT / SCRIPT)!r}, run_name='__main__')")
+    process = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert_fails_in_one_line(process, "could not be written", "--resume")
+    assert not list(tmp_path.glob("LoRA_*function_calling/*"))
 
 
 def test_two_processes_give_the_losses_of_one(tiny_model, splits, tmp_path):
