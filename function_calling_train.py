@@ -377,9 +377,12 @@ def hold_out_validation(dataset, args):
         sys.exit(f"error: {len(dataset)} conversations cannot be split with --validation-size {args.validation_size}: at least one to "
                  "train on and one to validate with are needed")
     training, validation = split["train"], split["test"]
-    num_whole = len(training) // args.conversations_per_step * args.conversations_per_step or len(training)
+    num_rest = len(training) % args.conversations_per_step
+    num_whole = len(training) - num_rest
+    if not num_rest or not num_whole:
+        return training, validation
     rest = training.select(range(num_whole, len(training)))
-    return training.select(range(num_whole)), concatenate_datasets([validation, rest]) if len(rest) else validation
+    return training.select(range(num_whole)), concatenate_datasets([validation, rest])
 
 
 # ----------------------------------------------------------------------------------------------------------------------

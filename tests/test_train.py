@@ -144,6 +144,18 @@ def test_conversations_over_the_length_are_dropped_and_counted_never_cut(splits,
     assert [len(row) for row in dataset["input_ids"]] == [length for length in lengths if length <= 180]
 
 
+@pytest.mark.parametrize("num_rows, num_training, num_validation", [
+    (4165, 3332, 833),  # the published run: 833 whole steps of four
+    (239, 188, 51), (21, 16, 5), (20, 16, 4), (5, 4, 1), (4, 3, 1), (2, 1, 1)])
+def test_training_takes_whole_steps_and_the_rest_goes_to_validation(num_rows, num_training, num_validation):
+    from datasets import Dataset
+
+    rows = Dataset.from_dict({"number": range(num_rows)})
+    training, validation = train.hold_out_validation(rows, train.parse_args([]))
+    assert (len(training), len(validation)) == (num_training, num_validation)
+    assert sorted([*training["number"], *validation["number"]]) == list(range(num_rows))
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # What training does
 
