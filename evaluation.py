@@ -54,6 +54,8 @@ METRICS = {
 DECISIONS = ["call", "no_call", "malformed"]
 FAILURES = ["no_call", "unneeded_call", "malformed", "wrong_function", "wrong_arguments", "wrong_count", "truncated"]
 PROBLEMS = ["unknown function", "required argument missing", "argument not declared", "wrong type"]
+FINISH_REASONS = ["end_of_turn", "max_new_tokens", "prompt_too_long"]
+SERVER_REASONS = {"stop": "end_of_turn", "length": "max_new_tokens"}  # as servers of OpenAI's kind name them
 MAX_NESTING = 100  # levels of lists and objects in a call's arguments
 NUM_RESAMPLES, BOOTSTRAP_SEED = 2000, 0
 
@@ -797,8 +799,8 @@ def open_partial(path, identity, predictions):
 def read_predictions(path, queries):
     """Read a predictions.jsonl and join it with the queries of the test split: predictions in the order of the split.
 
-    A line needs "conversation_id", "turn" and "output". Without "finish_reason" the output counts as ended, and "score" may be
-    missing. A line that is no prediction of this split ends the program.
+    A line needs "conversation_id", "turn" and "output"; without "finish_reason" the output counts as ended, and without "score"
+    it is None. A line that is no prediction of this split ends the program.
     """
     place = {(query["conversation_id"], query["turn"]): position for position, query in enumerate(queries)}
     found = {}
@@ -811,30 +813,31 @@ def read_predictions(path, queries):
                 key = prediction["conversation_id"], prediction["turn"]
                 if not isinstance(prediction["output"], str):
                     raise ValueError("output is no text")
+                reason = prediction.get("finish_reason", "end_of_turn")
+                reason = SERVER_REASONS.get(reason, reason)
+                if reason not in FINISH_REASONS:
+                    raise ValueError(f"finish_reason is none of {', '.join(FINISH_REASONS)}")
                 if key not in place:
                     raise ValueError("no such conversation_id and turn in the test split")
                 if key in found:
                     raise ValueError("a conversation_id and turn stand twice")
-            except (KeyError, TypeError, ValueError, RecursionError) as error:
+            except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
                 sys.exit(f"error: {path}, line {number}: not a prediction for this test split ({error})")
             query = queries[place[key]]
             kept = {field: query[field] for field in ("conversation_id", "turn", "kind", "reference")}
             output = prediction["output"].encode(errors="replace").decode()  # without lone surrogates, which no file can hold
-            found[key] = {"finish_reason": "end_of_turn", "score": None, **prediction, **kept, "output": output}
+            found[key] = {"score": None, **prediction, **kept, "output": output, "finish_reason": reason}
     if not found:
         sys.exit(f"error: {path}: no prediction in it")
     return [found[key] for key in sorted(found, key=place.get)]
 
 
 def score_predictions(predictions, model, revision):
-    """Give each prediction that has none its published score, in the tokens of the model's stock tokenizer."""
-    without = [prediction for prediction in predictions if not isinstance(prediction["score"], (int, float))]
-    if not without:
-        return
+    """Give each prediction its published score, in the tokens of the model's stock tokenizer."""
     from tokenizers import Tokenizer  # not transformers, which takes seconds to import
 
     tokenizer = Tokenizer.from_file(str(find_model(model, revision)[0] / "tokenizer.json"))
-    for prediction in without:
+    for prediction in predictions:
         texts = (prediction["reference"], prediction["output"].strip())
         tokens = [tokenizer.encode(text, add_special_tokens=False).ids for text in texts]
         prediction["score"] = score_output(prediction["kind"], *tokens)
@@ -1015,7 +1018,7 @@ def write_report(args, results_dir, label, name, queries, predictions, facts):
         _, base_report, base_counts = judge_predictions(base, tools_of, seen_tools)
         report["difference_to_base"] = compare_with_base(counts, base_counts)
     reasons = Counter(prediction["finish_reason"] for prediction in predictions)
-    ends = {reason: reasons[reason] for reason in ("end_of_turn", "max_new_tokens", "prompt_too_long")}
+    ends = {reason: reasons[reason] for reason in FINISH_REASONS}
     write_json(results_dir / "metrics.json", {**report, "finish_reasons": ends, "run": facts})
     plot_comparison(label, report, base_report, name, results_dir.parent / "comparison.png")
     published = {}
@@ -1150,7 +1153,9 @@ def rescore(args, results_dir, label, name, queries, test_sha256):
         facts = read_run(results_dir)
         if facts.get("test_split_sha256") != test_sha256:
             sys.exit(f"error: {results_dir} was made with another test split than {args.test_file}: give its --test-file")
-    score_predictions(predictions, args.model, args.revision)
+    # A score of their own would be of other tokens; those in an evaluation's own file are right, unless they are gone.
+    if args.predictions or not all(isinstance(prediction["score"], float) for prediction in predictions):
+        score_predictions(predictions, args.model, args.revision)
     if args.predictions:
         results_dir.mkdir(parents=True, exist_ok=True)
         write_text(results_dir / "predictions.jsonl", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in predictions))

@@ -401,6 +401,7 @@ def test_foreign_predictions_need_three_fields_and_no_torch(tmp_path, tiny_model
     queries = evaluation.read_queries(tmp_path / "processed_data" / "function_calling_test.jsonl")
     lines = [{"conversation_id": q["conversation_id"], "turn": q["turn"], "output": q["reference"]} for q in queries]
     lines[0]["output"] = "\ud800 no \x1b[31m"
+    lines[1] |= {"finish_reason": "stop", "score": 0.0, "model": "what its server calls it"}  # more than is needed
     (tmp_path / "server.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     code = (f"import sys; sys.path.insert(0, {str(ROOT)!r}); import evaluation; "
             f"evaluation.main(['--model', {str(tiny_model)!r}, '--predictions', 'server.jsonl', '--show-failures', '3']); "
@@ -458,7 +459,10 @@ def test_predictions_that_do_not_fit_the_split_are_refused(tmp_path, tiny_model)
     arguments = ["--model", tiny_model, "--predictions", "p.jsonl"]
     for line, words in (("{", []), ("[]", []), ('{"conversation_id": "9", "turn": 1, "output": ""}', ["no such conversation_id"]),
                         ('{"conversation_id": "0", "turn": 1}', ["output"]), ('{"conversation_id": "0", "turn": 1, "output": 3}', []),
-                        ('{"conversation_id": "0", "turn": 1, "output": ""}\n' * 2, ["stand twice"])):
+                        ('{"conversation_id": "0", "turn": 1, "output": ""}\n' * 2, ["stand twice"]),
+                        ('{"conversation_id": ["0"], "turn": 1, "output": ""}', []), ("3", []), ("null", []),
+                        ('{"conversation_id": "0", "turn": 1, "output": "", "finish_reason": []}', []),
+                        ('{"conversation_id": "0", "turn": 1, "output": "", "finish_reason": "?"}', ["none of end_of_turn"])):
         (tmp_path / "p.jsonl").write_text(line + "\n")
         assert_fails_in_one_line(run_script(SCRIPT, *arguments, cwd=tmp_path), "p.jsonl, line ", *words)
     assert_fails_in_one_line(run_script(SCRIPT, "--model", tiny_model, "--rescore", "--baseline", cwd=tmp_path), "predictions.jsonl not found")
