@@ -58,6 +58,7 @@ FINISH_REASONS = ["end_of_turn", "max_new_tokens", "prompt_too_long"]
 SERVER_REASONS = {"stop": "end_of_turn", "length": "max_new_tokens"}  # as servers of OpenAI's kind name them
 MAX_NESTING = 100  # levels of lists and objects in a call's arguments
 NUM_RESAMPLES, BOOTSTRAP_SEED = 2000, 0
+MAX_LINES_SHOWN = 20  # of the reference and of the output of a failure; predictions.jsonl holds them whole
 
 # Gemma's turns, for a base model whose tokenizer comes without a chat template.
 GEMMA_TURNS = (
@@ -957,6 +958,7 @@ def format_failures(predictions, verdicts, number):
         lines += ["", f"{verdict['failure']}{reason}: conversation {prediction['conversation_id']}, turn {prediction['turn']}"]
         sides = [[piece for line in (title, *prediction[key].splitlines()) for piece in textwrap.wrap(line, width) or [""]]
                  for title, key in (("REFERENCE", "reference"), ("OUTPUT", "output"))]
+        sides = [side if len(side) <= MAX_LINES_SHOWN else [*side[:MAX_LINES_SHOWN], "..."] for side in sides]
         lines += [f"{left:<{width}} | {right}" for left, right in zip_longest(*sides, fillvalue="")]
     # A model may say anything, but not what steers a terminal.
     return "\n".join("".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in line) for line in lines)
