@@ -12,6 +12,8 @@ draws comparison.png, and prints base, tuned and published scores side by side.
 
 import argparse
 import ast
+import contextlib
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -105,6 +107,10 @@ def parse_args(argv=None):
         parser.error("--baseline scores the model without an adapter: leave out --adapter")
     if args.predictions and (args.baseline or args.adapter or args.rescore):
         parser.error("--predictions scores a file: leave out --baseline, --adapter and --rescore")
+    if args.show_failures < 0:
+        parser.error(f"--show-failures must not be negative, not {args.show_failures}")
+    if (args.rescore or args.predictions) and (args.limit or args.resume):
+        parser.error("--rescore and --predictions score what there is: leave out --limit and --resume")
     if args.resume and args.overwrite:
         parser.error("--resume and --overwrite exclude each other")
     return args
@@ -221,31 +227,59 @@ def parse_calls(text):
         if not isinstance(arguments, dict):
             raise MalformedCall("arguments are not an object")
         freeze(arguments)
+        try:
+            arguments = json.loads(json.dumps(arguments))  # a Python tuple is a list in JSON
+        except ValueError:  # a number too long to be written out
+            raise MalformedCall("a value that JSON does not know") from None
         calls.append({"name": name, "arguments": arguments})
     return calls
 
 
-def read_tools(declared):
-    """Return ({name: schema of its parameters, None where broken}, number of broken declarations) of declared tools."""
-    import jsonschema
-
-    tools, num_broken = {}, 0
-    for tool in declared:
+def declared_functions(tools_text):
+    """What a row declares as JSON text: [(function, name)], each None where it is none."""
+    for tool in json.loads(tools_text):
         function = tool.get("function", tool) if isinstance(tool, dict) else None
         name = function.get("name") if isinstance(function, dict) else None
-        if not isinstance(name, str):
+        yield function, name if isinstance(name, str) else None
+
+
+@functools.cache
+def tool_validator():
+    """The JSON schema validator, without the keywords a hostile schema can make slow; none of PROBLEMS is about them."""
+    import jsonschema
+
+    def ignore(*_):
+        return ()
+
+    ignored = dict.fromkeys(("pattern", "patternProperties", "uniqueItems"), ignore)
+    return jsonschema.validators.extend(jsonschema.Draft202012Validator, ignored)
+
+
+@functools.cache  # many conversations declare the same tools
+def read_tools(tools_text):
+    """Return ({name: schema of its parameters, None where broken}, number of broken declarations) of declared tools."""
+    tools, num_broken = {}, 0
+    for function, name in declared_functions(tools_text):
+        if name is None:
             num_broken += 1
             continue
         schema = function.get("parameters", {})
         try:
-            jsonschema.Draft202012Validator.check_schema(schema)
-            if not isinstance(schema, dict):
-                raise jsonschema.SchemaError("not an object")
-        except (jsonschema.SchemaError, RecursionError):
+            tool_validator().check_schema(schema)
+        except Exception:  # jsonschema has no closed list of what it raises on rubbish
+            schema = None
+        if not isinstance(schema, dict):
             schema = None
         num_broken += schema is None or name in tools
         tools.setdefault(name, schema)
     return tools, num_broken
+
+
+def holds_odd_number(value):
+    """Whether a JSON value holds a number that is not finite as a float, which no declared type means."""
+    if isinstance(value, (list, dict)):
+        return any(map(holds_odd_number, value.values() if isinstance(value, dict) else value))
+    return isinstance(value, (int, float)) and not abs(value) < 1e308
 
 
 def find_problems(call, tools):
@@ -253,26 +287,27 @@ def find_problems(call, tools):
 
     `tools` maps a declared name to the schema of its parameters, or to None where the declaration itself is broken.
     """
-    import jsonschema
     from referencing import Registry
-    from referencing.exceptions import Unresolvable
 
     if call["name"] not in tools:
         return ["unknown function"]
     schema = tools[call["name"]]
     if schema is None:
         return []
+    if holds_odd_number(call["arguments"]):
+        return ["wrong type"]
     try:
         # With a registry of its own, a "$ref" in the data is never fetched.
-        validator = jsonschema.Draft202012Validator(schema, registry=Registry())
-        kinds = {error.validator for error in validator.iter_errors(call["arguments"])}
-    except (Unresolvable, RecursionError, re.error):
-        return []  # a declaration that only breaks when it is used
+        kinds = {error.validator for error in tool_validator()(schema, registry=Registry()).iter_errors(call["arguments"])}
+    except Exception:  # a declaration that only breaks when it is used, in whatever way
+        return []
     problems = []
-    declared = schema.get("properties", {})
+    # Arguments are to be declared even where the schema does not say so, unless it says otherwise.
+    is_closed = not {"additionalProperties", "patternProperties", "$ref", "allOf", "anyOf", "oneOf"} & set(schema)
+    undeclared = set(call["arguments"]) - set(schema.get("properties", {}))
     if "required" in kinds:
         problems.append("required argument missing")
-    if "additionalProperties" in kinds or any(name not in declared for name in call["arguments"]):
+    if "additionalProperties" in kinds or (is_closed and undeclared):
         problems.append("argument not declared")
     if kinds - {"required", "additionalProperties"}:
         problems.append("wrong type")
@@ -284,13 +319,13 @@ def judge_turn(reference, output, finish_reason, tools):
 
     "decision" is call, no_call or malformed; "name_right", "arguments_right" and "turn_right" compare the calls of the turn
     without regard to their order; "problems" holds what the declared `tools` have against each call; "failure" is one of
-    FAILURES or None. A reference whose own calls cannot be read is faulty, and nothing is compared with it.
+    FAILURES or None. A reference whose own calls cannot be read is faulty, and the output is not judged by it.
     """
     verdict = {"expects_call": "<tool_call>" in reference, "faulty_reference": None, "malformed_reason": None, "problems": [],
                "name_right": None, "arguments_right": None, "turn_right": None, "failure": None}
     wanted, calls = [], []
     try:
-        wanted = parse_calls(reference) if verdict["expects_call"] else []
+        wanted = parse_calls(reference)
     except MalformedCall as reason:
         verdict["faulty_reference"] = str(reason)
     try:
@@ -334,10 +369,12 @@ def count_verdict(prediction, verdict):
     expects, attempts = verdict["expects_call"], verdict["decision"] != "no_call"
     hit = expects and verdict["decision"] == "call"
     counts = {prediction["kind"]: (prediction["score"], 1)}
+    counts["valid_call"] = (sum(not problems for problems in verdict["problems"]), len(verdict["problems"]))
+    if verdict["faulty_reference"]:
+        return counts
     for metric in ("name_right", "arguments_right", "turn_right"):
         if verdict[metric] is not None:
             counts[metric] = (verdict[metric], 1)
-    counts["valid_call"] = (sum(not problems for problems in verdict["problems"]), len(verdict["problems"]))
     counts["precision"], counts["recall"], counts["f1"] = (hit, attempts), (hit, expects), (2 * hit, attempts + expects)
     return counts
 
@@ -402,7 +439,7 @@ def summarize(judged):
     conversation_ids = dict.fromkeys(prediction["conversation_id"] for prediction, _, _ in judged)
     counts = [(prediction["conversation_id"], count) for prediction, _, count in judged]
     verdicts = [verdict for _, verdict, _ in judged]
-    decisions = Counter((verdict["expects_call"], verdict["decision"]) for verdict in verdicts)
+    decisions = Counter((verdict["expects_call"], verdict["decision"]) for verdict in verdicts if not verdict["faulty_reference"])
     failures = Counter(verdict["failure"] for verdict in verdicts)
     problems = Counter(problem for verdict in verdicts for of_call in verdict["problems"] for problem in of_call)
     reasons = Counter(verdict["malformed_reason"] for verdict in verdicts if verdict["malformed_reason"])
@@ -423,12 +460,12 @@ def summarize(judged):
 def judge_predictions(predictions, tools_of, seen_tools):
     """Judge every prediction. Returns (verdicts in their order, the report, {query: what it adds to each metric}).
 
-    `tools_of` maps a conversation id to its declared tools. `seen_tools` is the set of tool names of the train split, by which
+    `tools_of` maps a conversation id to its declared tools as JSON text. `seen_tools` is the set of tool names of the train split, by which
     queries are also reported apart, or None where that split is not at hand.
     """
     conversation_ids = dict.fromkeys(prediction["conversation_id"] for prediction in predictions)
     read = {conversation_id: read_tools(tools_of[conversation_id]) for conversation_id in conversation_ids}
-    judged, groups = [], {"seen_tools": [], "unseen_tools": []}
+    judged, groups = [], {"seen_tools": [], "unseen_tools": [], "no_tools": []}
     for prediction in predictions:
         tools, _ = read[prediction["conversation_id"]]
         verdict = judge_turn(prediction["reference"], prediction["output"], prediction["finish_reason"], tools)
@@ -437,8 +474,8 @@ def judge_predictions(predictions, tools_of, seen_tools):
         names = set(tools)
         if verdict["expects_call"] and not verdict["faulty_reference"]:
             names = {call["name"] for call in parse_calls(prediction["reference"])}
-        if seen_tools is not None and names:
-            groups["seen_tools" if names <= seen_tools else "unseen_tools"].append(judged[-1])
+        if seen_tools is not None:
+            groups["no_tools" if not names else "seen_tools" if names <= seen_tools else "unseen_tools"].append(judged[-1])
     report = summarize(judged)
     report["broken_declarations"] = sum(num_broken for _, num_broken in read.values())
     if seen_tools is not None:
@@ -489,10 +526,10 @@ def check_messages(messages):
         raise ValueError("no turn of the model")
 
 
-def parse_declared(row):
-    """The list of tools that a row of a split declares as JSON text."""
-    tools = json.loads(row.get("tools") or "[]")
-    if not isinstance(tools, list):
+def check_tools(row):
+    """The tools that a row of a split declares, a list as JSON text; raises ValueError where it is something else."""
+    tools = row.get("tools") or "[]"
+    if not isinstance(json.loads(tools), list):
         raise ValueError("tools is not a list")
     return tools
 
@@ -500,8 +537,8 @@ def parse_declared(row):
 def read_queries(path, limit=None):
     """Read the queries of a split: [{"conversation_id", "turn", "kind", "reference", "prompt", "tools"}, ...] in its order.
 
-    "turn" is the position of the model turn among the messages, "prompt" the messages before it, "tools" the list of declared
-    tools. A bad line ends the program.
+    "turn" is the position of the model turn among the messages, "prompt" the messages before it, "tools" the declared tools as
+    JSON text. A bad line ends the program.
     """
     queries, ids, num_rows = [], set(), 0
     with open(path, "rb") as file:
@@ -513,8 +550,9 @@ def read_queries(path, limit=None):
                 break
             try:
                 row = json.loads(line)
-                conversation_id, messages, tools = row["id"], row["messages"], parse_declared(row)
+                conversation_id, messages, tools = row["id"], row["messages"], check_tools(row)
                 check_messages(messages)
+                conversation_id.encode()
                 if not isinstance(conversation_id, str) or conversation_id in ids:
                     raise ValueError("its id is missing or stands twice")
             except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
@@ -536,7 +574,7 @@ def read_queries(path, limit=None):
     return queries
 
 
-def find_model(model, revision):
+def find_model(model, revision, with_weights=True):
     """Return (folder, commit) of a Gemma 3 text model: a local folder (commit None), or a hub id, which is downloaded."""
     folder, commit = Path(model).expanduser(), None
     if folder.is_dir():
@@ -545,7 +583,7 @@ def find_model(model, revision):
     elif not re.fullmatch(r"\w[\w.-]*/[\w.-]+", model):
         sys.exit(f"error: --model {model}: no such folder, and not a hub id such as {DEFAULT_MODEL}")
     else:
-        folder = download_model(model, revision)
+        folder = download_model(model, revision, ["*.json", "*.jinja", *(["*.safetensors"] if with_weights else [])])
         commit = folder.name
     for name in ("config.json", "tokenizer.json"):
         if not (folder / name).is_file():
@@ -559,13 +597,13 @@ def find_model(model, revision):
     return folder, commit
 
 
-def download_model(model, revision):
-    """Download a model from the hub, or find it in the cache; returns its folder, which is named after the commit."""
+def download_model(model, revision, patterns):
+    """Download a model's files from the hub, or find them in the cache; returns their folder, named after the commit."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, HTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
     try:
-        return Path(snapshot_download(model, revision=revision, allow_patterns=["*.json", "*.safetensors", "*.jinja"]))
+        return Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
     except GatedRepoError:  # a subclass of RepositoryNotFoundError
         sys.exit(f"error: {model} is gated: accept its licence at https://huggingface.co/{model}, then run `hf auth login`")
     except RepositoryNotFoundError:
@@ -758,7 +796,10 @@ def write_json(path, content):
 def write_text(path, text):
     """Write a file whole or not at all."""
     unfinished = path.with_name(path.name + ".unfinished")
-    unfinished.write_text(text, encoding="utf-8")
+    with open(unfinished, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(unfinished, path)
 
 
@@ -769,7 +810,59 @@ def refuse_other_evaluation(path, earlier, identity):
         sys.exit(f"error: {path} belongs to another evaluation ({', '.join(changes)}): repeat its arguments, or --overwrite it")
 
 
-def read_partial(path, identity, args):
+def check_prediction(line, query_of, found):
+    """Return the prediction that a line of JSON holds, joined with its query, or raise what is wrong with it.
+
+    `query_of` maps (conversation id, turn) to the queries of the split, `found` holds the keys of the predictions before.
+    """
+    prediction = json.loads(line)
+    key = prediction["conversation_id"], prediction["turn"]
+    reason = prediction.get("finish_reason", "end_of_turn")
+    reason = SERVER_REASONS.get(reason, reason)
+    score = prediction.get("score")
+    if key not in query_of:
+        raise ValueError("no such conversation_id and turn in the test split")
+    if key in found:
+        raise ValueError("a conversation_id and turn stand twice")
+    if not isinstance(prediction["output"], str):
+        raise ValueError("output is no text")
+    if reason not in FINISH_REASONS:
+        raise ValueError(f"finish_reason is none of {', '.join(FINISH_REASONS)}")
+    query = query_of[key]
+    return {
+        **{field: query[field] for field in ("conversation_id", "turn", "kind", "reference")},
+        "output": prediction["output"].encode(errors="replace").decode(),  # without lone surrogates, which no file can hold
+        "score": score if isinstance(score, float) and 0 <= score <= 1 else None,
+        "finish_reason": reason,
+        **{field: prediction[field] for field in ("prompt_tokens", "output_tokens") if isinstance(prediction.get(field), int)},
+    }
+
+
+def read_predictions(path, queries):
+    """Read a predictions.jsonl and join it with the queries of the test split: predictions in the order of the split.
+
+    A line needs "conversation_id", "turn" and "output"; without "finish_reason" the output counts as ended, and without "score"
+    it is None. A line that is no prediction of this split ends the program.
+    """
+    if not path.is_file():
+        sys.exit(f"error: {path} not found: run evaluation.py without --rescore first, or give --predictions")
+    query_of = {(query["conversation_id"], query["turn"]): query for query in queries}
+    found = {}
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                prediction = check_prediction(line, query_of, found)
+            except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
+                sys.exit(f"error: {path}, line {number}: not a prediction for this test split ({error})")
+            found[prediction["conversation_id"], prediction["turn"]] = prediction
+    if not found:
+        sys.exit(f"error: {path}: no prediction in it")
+    return [found[key] for key in query_of if key in found]
+
+
+def read_partial(path, identity, queries, args):
     """The predictions that an interrupted evaluation left; it ends the program if they are not to be used.
 
     The file's first line is `identity`, what the predictions depend on: an evaluation goes on only with its own.
@@ -778,16 +871,18 @@ def read_partial(path, identity, args):
         return []
     if not args.resume:
         sys.exit(f"error: {path} holds an unfinished evaluation: --resume goes on with it, --overwrite starts anew")
+    query_of = {(query["conversation_id"], query["turn"]): query for query in queries}
+    found = {}
+    first, *lines = path.read_bytes().split(b"\n")[:-1] or [json.dumps(identity)]  # without a last line that was torn
     try:
-        # What follows the last line end was torn by the interruption.
-        earlier, *predictions = [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]] or [identity]
-        done = [(prediction["conversation_id"], prediction["turn"]) for prediction in predictions]
-    except (ValueError, KeyError, TypeError):
-        sys.exit(f"error: {path} cannot be read: --overwrite starts anew")
-    if len(set(done)) < len(done):
-        sys.exit(f"error: {path} holds a prediction twice: --overwrite starts anew")
+        earlier = dict(json.loads(first))
+        for line in lines:
+            prediction = check_prediction(line, query_of, found)
+            found[prediction["conversation_id"], prediction["turn"]] = prediction
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
+        sys.exit(f"error: {path} cannot be gone on with ({error}): --overwrite starts anew")
     refuse_other_evaluation(path, earlier, identity)
-    return predictions
+    return list(found.values())
 
 
 def open_partial(path, identity, predictions):
@@ -797,47 +892,15 @@ def open_partial(path, identity, predictions):
     return open(path, "a", encoding="utf-8")
 
 
-def read_predictions(path, queries):
-    """Read a predictions.jsonl and join it with the queries of the test split: predictions in the order of the split.
-
-    A line needs "conversation_id", "turn" and "output"; without "finish_reason" the output counts as ended, and without "score"
-    it is None. A line that is no prediction of this split ends the program.
-    """
-    place = {(query["conversation_id"], query["turn"]): position for position, query in enumerate(queries)}
-    found = {}
-    if not path.is_file():
-        sys.exit(f"error: {path} not found: run evaluation.py without --rescore first, or give --predictions")
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, start=1):
-            try:
-                prediction = json.loads(line)
-                key = prediction["conversation_id"], prediction["turn"]
-                if not isinstance(prediction["output"], str):
-                    raise ValueError("output is no text")
-                reason = prediction.get("finish_reason", "end_of_turn")
-                reason = SERVER_REASONS.get(reason, reason)
-                if reason not in FINISH_REASONS:
-                    raise ValueError(f"finish_reason is none of {', '.join(FINISH_REASONS)}")
-                if key not in place:
-                    raise ValueError("no such conversation_id and turn in the test split")
-                if key in found:
-                    raise ValueError("a conversation_id and turn stand twice")
-            except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
-                sys.exit(f"error: {path}, line {number}: not a prediction for this test split ({error})")
-            query = queries[place[key]]
-            kept = {field: query[field] for field in ("conversation_id", "turn", "kind", "reference")}
-            output = prediction["output"].encode(errors="replace").decode()  # without lone surrogates, which no file can hold
-            found[key] = {"score": None, **prediction, **kept, "output": output, "finish_reason": reason}
-    if not found:
-        sys.exit(f"error: {path}: no prediction in it")
-    return [found[key] for key in sorted(found, key=place.get)]
-
-
 def score_predictions(predictions, model, revision):
     """Give each prediction its published score, in the tokens of the model's stock tokenizer."""
     from tokenizers import Tokenizer  # not transformers, which takes seconds to import
 
-    tokenizer = Tokenizer.from_file(str(find_model(model, revision)[0] / "tokenizer.json"))
+    path = find_model(model, revision, with_weights=False)[0] / "tokenizer.json"
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises plain Exceptions
+        sys.exit(f"error: {path} cannot be read: {error}")
     for prediction in predictions:
         texts = (prediction["reference"], prediction["output"].strip())
         tokens = [tokenizer.encode(text, add_special_tokens=False).ids for text in texts]
@@ -857,7 +920,7 @@ def read_seen_tools(test_file):
             try:
                 row = json.loads(line)
                 check_messages(row["messages"])
-                seen |= set(read_tools(parse_declared(row))[0])
+                seen |= {name for _, name in declared_functions(check_tools(row)) if name}
                 said = [message["content"] for message in row["messages"] if message["role"] == "assistant"]
             except (AttributeError, KeyError, TypeError, ValueError, RecursionError):
                 sys.exit(f"error: {path}, line {number}: not a conversation; make it again with "
@@ -873,20 +936,25 @@ def read_seen_tools(test_file):
 def load_base(base_dir, facts, queries):
     """The predictions of the base model that those of the run described by `facts` can be compared with, or None.
 
-    They must be finished, and of the same test split and output length.
+    They must be finished, and of the same test split, base model and output length; a note says why they are left out.
     """
-    if (base_dir / "predictions.partial.jsonl").exists():
+    if not base_dir.is_dir():
         return None
     try:
-        base = json.loads((base_dir / "metrics.json").read_text(encoding="utf-8"))["run"]
-        same_split = base["test_split_sha256"] == facts["test_split_sha256"]
-        same_length = base.get("max_new_tokens") == facts.get("max_new_tokens", base.get("max_new_tokens"))
+        base = dict(json.loads((base_dir / "metrics.json").read_text(encoding="utf-8"))["run"])
     except (OSError, ValueError, KeyError, TypeError):
-        return None
-    if not (same_split and same_length):
-        print(f"note: {base_dir} is of another test split or --max-new-tokens, and is left out")
-        return None
-    return read_predictions(base_dir / "predictions.jsonl", queries)
+        base = None
+    reason = "is not finished, or cannot be read"
+    if base is not None and (base_dir / "predictions.jsonl").is_file() and not (base_dir / "predictions.partial.jsonl").exists():
+        keys = ("test_split_sha256", "commit", "weights_sha256", "max_new_tokens")
+        other = [key for key in keys if base.get(key) and facts.get(key) and base[key] != facts[key]]
+        predictions = [] if other else read_predictions(base_dir / "predictions.jsonl", queries)
+        if predictions and all(prediction["score"] is not None for prediction in predictions):
+            return predictions
+        if other:
+            reason = f"has another {', '.join(other)}"
+    print(f"note: {base_dir} {reason}; it is left out of the comparison")
+    return None
 
 
 def compare_with_base(counts, base_counts):
@@ -911,7 +979,7 @@ def format_table(label, report, base_report, published):
 
     reports = [report] if base_report is None else [base_report, report]
     titles = [label] if base_report is None else ["base", label]
-    rows = [["", "n", *titles, *([f"{label} - base"] if base_report is not None else []), *(["published"] if published else [])]]
+    rows = [["", "n", *titles, *(["difference"] if base_report is not None else []), *(["published"] if published else [])]]
     groups = [(metric, "", reports) for metric in METRICS]
     for group, suffix in (("seen_tools", ", tools seen in training"), ("unseen_tools", ", tools never seen")):
         if group in report:
@@ -926,6 +994,8 @@ def format_table(label, report, base_report, published):
             row.append("" if suffix else published.get(metric, ""))
         rows.append(row)
     lines = format_columns(rows)
+    if "no_tools" in report and report["no_tools"]["queries"]:
+        lines.append(f"The other {report['no_tools']['queries']:,} queries are of conversations without tools.")
     if published:
         lines.append("Published: base -> tuned, as in its README / its notebook; about 1,100 queries of the first 300 test conversations.")
     for title, part in (("failures", "failures"), ("calls against their tools", "problems")):
@@ -964,70 +1034,87 @@ def format_failures(predictions, verdicts, number):
     return "\n".join("".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in line) for line in lines)
 
 
-def plot_comparison(label, report, base_report, name, path):
-    """Draw the scores of base and this model with their intervals beside the published ones, and the failure classes."""
+def plot_comparison(runs, name, path):
+    """Draw scores with their intervals beside the published ones, and the failure classes. `runs` is [(label, report), ...]."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    runs = [(label, report, "#0072B2")] if base_report is None else [("base", base_report, "#E69F00"), (label, report, "#0072B2")]
     shown = [*KINDS, "name_right", "arguments_right", "turn_right", "f1"]
-    plt.rcParams.update({"font.size": 15})
-    figure, (left, right) = plt.subplots(1, 2, figsize=(15, 6.5), width_ratios=[1.7, 1], layout="constrained")
+    plt.rcParams.update({"font.size": 15, "text.parse_math": False})  # a name may hold a "$"
+    figure, (top, bottom) = plt.subplots(2, 1, figsize=(9, 11), height_ratios=[1.15, 1], layout="constrained")
     height = 0.8 / len(runs)
-    for position, (title, run, color) in enumerate(runs):
+    most = max(1, *(number for _, report in runs for number in report["failures"].values()))
+    for position, (label, report) in enumerate(runs):
+        color = "#E69F00" if label == "base" else "#0072B2"  # safe for colour-blind eyes
+        shift = (position - (len(runs) - 1) / 2) * height
         for row, metric in enumerate(shown):
-            if entry := run["scores"].get(metric):
-                place = row + (position - (len(runs) - 1) / 2) * height
-                low, high = entry["interval"]
-                left.barh(place, entry["value"], height * 0.9, color=color, label=title if row == 0 else None)
-                left.plot([low, high], [place, place], color="black", linewidth=2)
-                left.text(max(high, entry["value"]) + 0.015, place, f"{entry['value']:.2f}", va="center", fontsize=13)
-        right.barh([row + (position - (len(runs) - 1) / 2) * height for row in range(len(FAILURES))],
-                   [run["failures"][failure] for failure in FAILURES], height * 0.9, color=color)
-    for which, marker in zip(PUBLISHED.get(name, {}), "^Ds"):
-        # On the bar of what it is to be compared with: base on base, tuned on tuned.
-        place = (-0.5 if which == "base" else 0.5) * height if base_report is not None else 0
-        left.plot(PUBLISHED[name][which], [row + place for row in range(len(KINDS))], marker=marker, color="#CC79A7",
-                  markeredgecolor="black", markersize=12, linestyle="", label=f"published {which}", zorder=3)
-    left.set(xlim=(0, 1.1), title=f"{name}: score with 95 % interval")
-    left.set_yticks(range(len(shown)), [METRICS[metric] for metric in shown])
-    right.set(title="failures by class, queries")
-    right.set_yticks(range(len(FAILURES)), [failure.replace("_", " ") for failure in FAILURES])
-    for axes in (left, right):
+            top.barh(row + shift, 0, height * 0.9, color=color, label=label if row == 0 else None)
+            if entry := report["scores"].get(metric):
+                top.barh(row + shift, entry["value"], height * 0.9, color=color)
+                top.plot(entry["interval"], [row + shift] * 2, color="black", linewidth=2)
+                top.text(1.03, row + shift, f"{entry['value']:.3f}", va="center", fontsize=13)
+        for row, failure in enumerate(FAILURES):
+            number = report["failures"][failure]
+            bottom.barh(row + shift, number, height * 0.9, color=color)
+            bottom.text(number + 0.01 * most, row + shift, f"{number:,}", va="center", fontsize=13)
+        for which, marker in zip(PUBLISHED.get(name, {}), "^Ds"):
+            if (which == "base") == (label == "base"):  # each on the bar it is to be compared with
+                top.plot(PUBLISHED[name][which], [row + shift for row in range(len(KINDS))], marker=marker, color="#CC79A7",
+                         markeredgecolor="black", markersize=12, linestyle="", label=f"published {which}", zorder=3)
+    top.set(xlim=(0, 1.14), title=f"{name}: scores with 95 % intervals")
+    top.set_xticks([0, 0.2, 0.4, 0.6, 0.8, 1])
+    top.set_yticks(range(len(shown)), [METRICS[metric] for metric in shown])
+    bottom.set(xlim=(0, 1.1 * most), title="failures by class, queries")
+    bottom.set_yticks(range(len(FAILURES)), [failure.replace("_", " ") for failure in FAILURES])
+    for axes in (top, bottom):
         axes.invert_yaxis()
         axes.grid(axis="x", alpha=0.3)
         axes.set_axisbelow(True)
-    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False, fontsize=14)
+    figure.legend(*top.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
     unfinished = path.with_name(f".{path.name}")
     figure.savefig(unfinished, dpi=100)
     plt.close(figure)
     os.replace(unfinished, path)
 
 
-def write_report(args, results_dir, label, name, queries, predictions, facts):
+def read_comparison(args, results_dir, label, queries, facts):
+    """What a report needs besides the predictions: (tools seen in training or None, predictions of the base model or None)."""
+    seen_tools = read_seen_tools(args.test_file)
+    return seen_tools, None if label == "base" else load_base(results_dir.parent / "base", facts, queries)
+
+
+def write_report(args, results_dir, label, name, queries, predictions, comparison, facts):
     """Judge the predictions, write metrics.json (with `facts` of the run) and comparison.png, and print the table.
 
-    `queries` are all of the test split: those of the base model may be others than those of `predictions`.
+    `queries` are all of the test split: those of the base model may be others than those of `predictions`. `comparison` comes
+    from read_comparison.
     """
     tools_of = {query["conversation_id"]: query["tools"] for query in queries}
-    seen_tools = read_seen_tools(args.test_file)
+    seen_tools, base = comparison
     verdicts, report, counts = judge_predictions(predictions, tools_of, seen_tools)
-    base_report, base = None, None if label == "base" else load_base(results_dir.parent / "base", facts, queries)
-    report["difference_to_base"] = {}
+    base_report, report["difference_to_base"] = None, {}
     if base:
         _, base_report, base_counts = judge_predictions(base, tools_of, seen_tools)
         report["difference_to_base"] = compare_with_base(counts, base_counts)
     reasons = Counter(prediction["finish_reason"] for prediction in predictions)
     ends = {reason: reasons[reason] for reason in FINISH_REASONS}
     write_json(results_dir / "metrics.json", {**report, "finish_reasons": ends, "run": facts})
-    plot_comparison(label, report, base_report, name, results_dir.parent / "comparison.png")
+
+    runs = [("base", base_report), (label, report)] if base else [(label, report)]
+    chart_dir = results_dir.parent if label in ("base", "tuned") else results_dir
+    if label == "base":  # the chart of base and tuned stays one of both
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            tuned = json.loads((results_dir.parent / "tuned" / "metrics.json").read_text(encoding="utf-8"))
+            if tuned["run"]["test_split_sha256"] == facts["test_split_sha256"]:
+                runs.append(("tuned", tuned))
+    plot_comparison(runs, name, chart_dir / "comparison.png")
     published = {}
     for position, kind in enumerate(KINDS if name in PUBLISHED else ()):
         base_score, *tuned_scores = (scores[position] for scores in PUBLISHED[name].values())
         published[kind] = f"{base_score} -> " + " / ".join(map(str, tuned_scores))
-    print(f"Written to  {results_dir}/: predictions.jsonl, metrics.json; {results_dir.parent / 'comparison.png'}")
+    print(f"Written to  {results_dir}/: predictions.jsonl, metrics.json; {chart_dir / 'comparison.png'}")
     print(f"\n{format_table(label, report, base_report, published)}")
     if seen_tools is None:
         print(f"{args.test_file.with_name(TRAIN_FILE_NAME)} is not there, so tools cannot be told into seen and never seen.")
@@ -1092,7 +1179,8 @@ def main(argv=None):
         refuse_other_evaluation(results_dir, read_run(results_dir), identity)
         print(f"Finished    {results_dir} is complete; nothing is left to ask. --rescore prints its scores")
         return
-    predictions = read_partial(partial_path, identity, args)
+    predictions = read_partial(partial_path, identity, queries, args)
+    comparison = read_comparison(args, results_dir, label, every_query, identity)
     done = {(prediction["conversation_id"], prediction["turn"]) for prediction in predictions}
     remaining = [query for query in queries if (query["conversation_id"], query["turn"]) not in done]
 
@@ -1131,7 +1219,7 @@ def main(argv=None):
         "queries_in_these_seconds": len(remaining),
         "versions": {package: importlib.metadata.version(package) for package in ("torch", "transformers", "peft", "numpy")},
     }
-    write_report(args, results_dir, label, name, every_query, predictions, facts)
+    write_report(args, results_dir, label, name, every_query, predictions, comparison, facts)
     partial_path.unlink(missing_ok=True)
 
 
@@ -1146,22 +1234,28 @@ def read_run(results_dir):
 
 def rescore(args, results_dir, label, name, queries, test_sha256):
     """Score predictions.jsonl of an earlier evaluation again, or the file given with --predictions. Imports no torch."""
+    if (results_dir / "predictions.partial.jsonl").exists():
+        sys.exit(f"error: {results_dir} holds an unfinished evaluation: go on with it with --resume before it is scored again")
     if args.predictions:
         predictions = read_predictions(args.predictions, queries)
         facts = {"predictions": str(args.predictions), "predictions_sha256": sha256_of_file(args.predictions),
                  "test_split_sha256": test_sha256}
+        if (results_dir / "metrics.json").is_file() and not args.overwrite:
+            if read_run(results_dir).get("predictions_sha256") != facts["predictions_sha256"]:
+                sys.exit(f"error: {results_dir} holds other predictions: --overwrite replaces them, another file name keeps both")
     else:
         predictions = read_predictions(results_dir / "predictions.jsonl", queries)
         facts = read_run(results_dir)
         if facts.get("test_split_sha256") != test_sha256:
             sys.exit(f"error: {results_dir} was made with another test split than {args.test_file}: give its --test-file")
     # A score of their own would be of other tokens; those in an evaluation's own file are right, unless they are gone.
-    if args.predictions or not all(isinstance(prediction["score"], float) for prediction in predictions):
+    if args.predictions or not all(prediction["score"] is not None for prediction in predictions):
         score_predictions(predictions, args.model, args.revision)
+    comparison = read_comparison(args, results_dir, label, queries, facts)
     if args.predictions:
         results_dir.mkdir(parents=True, exist_ok=True)
         write_text(results_dir / "predictions.jsonl", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in predictions))
-    write_report(args, results_dir, label, name, queries, predictions, facts)
+    write_report(args, results_dir, label, name, queries, predictions, comparison, facts)
 
 
 def describe_other_split(test_file, training_run):

@@ -211,6 +211,10 @@ def test_base_and_tuned_are_scored_and_compared(tiny_model, splits, tuned, capsy
     base_ends, tuned_ends = (json.loads((results / name / "metrics.json").read_text())["finish_reasons"]["end_of_turn"]
                              for name in ("base", "tuned"))
     assert base_ends == 0 and tuned_ends >= 6  # it learnt to end its turn
+    for name, flags in (("base", ["--baseline"]), ("tuned", [])):  # scored again, to the last digit
+        before = (results / name / "metrics.json").read_bytes()
+        evaluate(tuned, tiny_model, splits, *flags, "--rescore")
+        assert (results / name / "metrics.json").read_bytes() == before
     line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("function calling") and "+" in line)
     assert line.split()[2] == "6" and f" {scores['base']:.3f} [" in line and f" {scores['tuned']:.3f} [" in line
 

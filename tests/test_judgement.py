@@ -21,7 +21,7 @@ def call(name="f", **arguments):
 
 
 def judge(reference, output, finish_reason="end_of_turn", tools=()):
-    return evaluation.judge_turn(reference, output, finish_reason, evaluation.read_tools(list(tools))[0])
+    return evaluation.judge_turn(reference, output, finish_reason, evaluation.read_tools(json.dumps(list(tools)))[0])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -171,6 +171,12 @@ def test_a_faulty_reference_is_left_out_and_told():
     verdict = judge("<tool_call>f(1)</tool_call>", call("f"))
     assert verdict["faulty_reference"] == "neither JSON nor a Python literal"
     assert verdict["turn_right"] is None and verdict["failure"] is None
+    stray = "Write </tool_call> to end a call."
+    assert judge(stray, stray)["faulty_reference"] == "</tool_call> without <tool_call>" and judge(stray, stray)["failure"] is None
+    predictions = [prediction("1", 1, text, text) for text in (stray,)] + [prediction("2", 1, call("f"), call("f"))]
+    _, report, _ = evaluation.judge_predictions(predictions, {"1": "[]", "2": "[]"}, None)
+    assert report["faulty_references"] == 1
+    assert all(report["scores"][metric]["value"] == 1 for metric in ("turn_right", "precision", "recall", "f1"))
 
 
 json_values = st.recursive(
@@ -193,8 +199,8 @@ def respell(value, draw):
 @given(arguments, st.data())
 def test_spelling_never_changes_a_verdict(values, data):
     assume("tool_call>" not in json.dumps(values))
-    reference = call("f", **values) if "self" not in values else call("f")
-    body = {"name": "f", "arguments": respell(json.loads(reference[12:-13])["arguments"], data.draw)}
+    reference = f"<tool_call>{json.dumps({'name': 'f', 'arguments': values})}</tool_call>"
+    body = {"name": "f", "arguments": respell(values, data.draw)}
     if data.draw(st.booleans()):
         body = dict(reversed(body.items()))
     text = data.draw(st.sampled_from([
@@ -260,12 +266,56 @@ def test_broken_declarations_are_counted_and_never_fatal():
         {"function": {"name": "far", "parameters": {"$ref": "http://127.0.0.1:9/never-fetched"}}},
         {"function": {"name": "pattern", "parameters": {"properties": {"a": {"pattern": "("}}}}},
     ]
-    tools, num_broken = evaluation.read_tools(declared)
+    tools, num_broken = evaluation.read_tools(json.dumps(declared))
     assert num_broken == 7  # one repeated, three that declare nothing, three whose parameters are no schema
     assert {"book", "typo", "list", "flat", "far"} <= set(tools)
     for name in tools:
         evaluation.find_problems({"name": name, "arguments": {"a": "x"}}, tools)
     assert evaluation.find_problems({"name": "typo", "arguments": {"a": 1}}, tools) == []
+
+
+@pytest.mark.parametrize("schema", [
+    {"type": "object", "$ref": "#/type"}, {"$ref": "#/minProperties", "minProperties": 1}, {"$ref": "#/allOf/x", "allOf": [{}]},
+    {"$ref": "#/default", "default": {"type": "strin"}}, {"$ref": "#/default", "default": {"minimum": "z"}}, {"$ref": "#"},
+    {"properties": {"a": {"pattern": "a{99999999999}"}}}, {"properties": {"a": {"pattern": r"^(\w+\s?)*$"}}}, True, None, 3])
+def test_a_declaration_that_only_breaks_in_use_is_held_against_nobody(schema):
+    declared = [{"function": {"name": "f", "parameters": schema}}]
+    start = time.perf_counter()
+    for value in ("a" * 40 + "!", 1, [1] * 3000, None, {}):
+        assert "wrong type" not in judge("No.", call("f", a=value), tools=declared)["problems"][0]
+    assert time.perf_counter() - start < 1
+
+
+def test_a_reference_in_a_declaration_is_never_fetched():
+    from hub_server import Hub
+
+    hub = Hub()
+    judge("No.", call("f", a=1), tools=[{"function": {"name": "f", "parameters": {"$ref": f"{hub.url}/schema"}}}])
+    hub.close()
+    assert hub.requests == []
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "1e400", "9" * 400, "0x" + "f" * 5000])
+def test_a_number_that_is_none_never_raises(number):
+    tool = {"function": {"name": "f", "parameters": {"properties": {"a": {"type": "number", "multipleOf": 0.01}}}}}
+    output = f"<tool_call>{{'name': 'f', 'arguments': {{'a': [{number}]}}}}</tool_call>".replace("'", '"')
+    verdict = judge("No.", output, tools=[tool])
+    assert verdict["decision"] == "malformed" or verdict["problems"] == [["wrong type"]]
+
+
+@pytest.mark.parametrize("schema", [{"properties": {}, "additionalProperties": True}, {"patternProperties": {"^a": {}}},
+                                    {"$ref": "#/$defs/P", "$defs": {"P": {"properties": {"a": {}}}}}])
+def test_arguments_need_no_declaration_where_the_schema_says_so(schema):
+    assert judge("No.", call("f", a=["x"]), tools=[{"function": {"name": "f", "parameters": schema}}])["problems"] == [[]]
+    closed = {"properties": {}, "additionalProperties": False}
+    verdict = judge("No.", call("f", a=1), tools=[{"function": {"name": "f", "parameters": closed}}])
+    assert verdict["problems"] == [["argument not declared"]]
+
+
+def test_a_python_tuple_is_a_list():
+    tool = {"function": {"name": "f", "parameters": {"properties": {"a": {"type": "array"}}}}}
+    verdict = judge(call("f", a=[1, 2]), "<tool_call>{'name': 'f', 'arguments': {'a': (1, 2)}}</tool_call>", tools=[tool])
+    assert verdict["turn_right"] and verdict["problems"] == [[]]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -288,13 +338,14 @@ PREDICTIONS = [
     prediction("4", 1, call("fly", to="Rome"), call("fly", to="Paris")),
     prediction("5", 1, "<tool_call>faulty</tool_call>", call("fly", to="Rome")),
 ]
-TOOLS_OF = {"1": [TOOL], "2": [TOOL], "3": [make_tool("fly", "to")], "4": [make_tool("fly", "to")], "5": []}
+BOOK, FLY = json.dumps([TOOL]), json.dumps([make_tool("fly", "to")])
+TOOLS_OF = {"1": BOOK, "2": BOOK, "3": FLY, "4": FLY, "5": "[]"}
 
 
 def test_the_report_counts_what_was_worked_out_by_hand():
     _, report, _ = evaluation.judge_predictions(PREDICTIONS, TOOLS_OF, seen_tools={"book"})
     assert report["decisions"] == {
-        "call_needed": {"call": 3, "no_call": 1, "malformed": 1}, "no_call_needed": {"call": 1, "no_call": 1, "malformed": 1}}
+        "call_needed": {"call": 2, "no_call": 1, "malformed": 1}, "no_call_needed": {"call": 1, "no_call": 1, "malformed": 1}}
     assert report["failures"] == {"no_call": 1, "unneeded_call": 1, "malformed": 2, "wrong_function": 0, "wrong_arguments": 1,
                                   "wrong_count": 0, "truncated": 0}
     assert report["faulty_references"] == 1 and report["broken_declarations"] == 0
@@ -305,11 +356,11 @@ def test_the_report_counts_what_was_worked_out_by_hand():
         "function_calling": (0.5, 5), "helpful_exchange": (0.5, 3),
         "name_right": (2 / 4, 4), "arguments_right": (1 / 4, 4), "turn_right": (1 / 4, 4),
         "valid_call": (3 / 4, 4),
-        "precision": (3 / 6, 6),  # of six attempts (four calls, two malformed) three were due
-        "recall": (3 / 5, 5), "f1": (6 / 11, None),
+        "precision": (2 / 5, 5),  # of five attempts (three calls, two malformed) two were due
+        "recall": (2 / 4, 4), "f1": (4 / 9, None),
     }
     seen, unseen = report["seen_tools"], report["unseen_tools"]  # conversations 1 and 2, 3 and 4; 5 declares none
-    assert (seen["queries"], unseen["queries"]) == (4, 3)
+    assert (seen["queries"], unseen["queries"], report["no_tools"]["queries"]) == (4, 3, 1)
     assert seen["scores"]["turn_right"]["value"] == 1 / 2 and unseen["scores"]["turn_right"]["value"] == 0 / 2
     assert seen["failures"]["unneeded_call"] == 1 and unseen["failures"]["no_call"] == 1
     assert "seen_tools" not in evaluation.judge_predictions(PREDICTIONS, TOOLS_OF, None)[1]
@@ -321,21 +372,21 @@ def check_sums(report):
     decisions = {needed: sum(row.values()) for needed, row in report["decisions"].items()}
     attempts = sum(row["call"] + row["malformed"] for row in report["decisions"].values())
     malformed = sum(row["malformed"] for row in report["decisions"].values())
-    assert decisions["call_needed"] + decisions["no_call_needed"] == report["queries"]
-    assert decisions["call_needed"] == n.get("function_calling", 0) == n.get("recall", 0)
-    assert decisions["no_call_needed"] == n.get("helpful_exchange", 0)
-    assert n.get("precision", 0) == attempts and sum(report["malformed_reasons"].values()) == malformed
-    judged = n.get("turn_right", 0)
-    assert judged + report["faulty_references"] == decisions["call_needed"]
-    right = round(report["scores"]["turn_right"]["value"] * judged) if judged else 0
-    assert right + sum(report["failures"].values()) <= report["queries"] - report["faulty_references"]
+    assert decisions["call_needed"] + decisions["no_call_needed"] + report["faulty_references"] == report["queries"]
+    assert n.get("function_calling", 0) + n.get("helpful_exchange", 0) == report["queries"]
+    assert decisions["call_needed"] == n.get("turn_right", 0) == n.get("recall", 0)
+    assert n.get("precision", 0) == attempts and sum(report["malformed_reasons"].values()) >= malformed
+    right = round(report["scores"]["turn_right"]["value"] * n["turn_right"]) if "turn_right" in n else 0
+    at_rest = report["queries"] - report["faulty_references"] - right - sum(report["failures"].values())
+    assert 0 <= at_rest <= report["decisions"]["no_call_needed"]["no_call"]
 
 
 def test_every_count_adds_up_to_its_n():
     verdicts, report, _ = evaluation.judge_predictions(PREDICTIONS, TOOLS_OF, {"book"})
-    for part in (report, report["seen_tools"], report["unseen_tools"]):
+    groups = [report["seen_tools"], report["unseen_tools"], report["no_tools"]]
+    for part in (report, *groups):
         check_sums(part)
-    assert report["queries"] == len(PREDICTIONS)
+    assert report["queries"] == len(PREDICTIONS) == sum(group["queries"] for group in groups)
     assert sum(report["failures"].values()) == sum(bool(verdict["failure"]) for verdict in verdicts)
 
 
@@ -369,12 +420,31 @@ def test_the_paired_difference_is_narrower_than_what_the_two_intervals_suggest()
     assert high - low < 0.6 * (alone[1] - alone[0])
 
 
+def test_a_query_of_mixed_tools_is_about_unseen_ones_and_a_called_tool_is_a_seen_one(tmp_path):
+    both = prediction("1", 1, call("book", city="Oslo") + call("fly", to="Rome"), "No.")
+    _, report, _ = evaluation.judge_predictions([both], {"1": "[]"}, {"book"})
+    assert (report["seen_tools"]["queries"], report["unseen_tools"]["queries"]) == (0, 1)
+    messages = [{"role": "user", "content": "x"}, {"role": "assistant", "content": call("undeclared")}]
+    (tmp_path / "function_calling_train.jsonl").write_text(json.dumps({"id": "1", "tools": BOOK, "messages": messages}))
+    assert evaluation.read_seen_tools(tmp_path / "function_calling_test.jsonl") == {"book", "undeclared"}
+
+
+def test_turns_of_one_conversation_move_together_in_every_interval():
+    """All right in one conversation, all wrong in the other: a resample holds 0, half or all of them, nothing between."""
+    predictions = [prediction(str(number % 2), number, call("f"), call("f") if number % 2 else "No.") for number in range(40)]
+    _, report, counts = evaluation.judge_predictions(predictions, {"0": "[]", "1": "[]"}, None)
+    assert report["scores"]["turn_right"]["interval"] == [0, 1]
+    nothing = {key: {**count, "turn_right": (0, 1)} for key, count in counts.items()}
+    assert evaluation.compare_with_base(counts, nothing)["turn_right"]["interval"] == [0, 1]
+
+
 def test_the_difference_rests_on_the_queries_both_answered():
     _, _, counts = evaluation.judge_predictions(PREDICTIONS, TOOLS_OF, None)
     base = {key: count for key, count in counts.items() if key[0] in ("1", "2")}
     difference = evaluation.compare_with_base(counts, base)
     assert all(entry["value"] == 0 and entry["interval"] == [0, 0] for entry in difference.values())
     assert difference["function_calling"]["n"] == 2
+    assert evaluation.compare_with_base(base, counts) == difference  # whichever of them answered more
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -393,7 +463,7 @@ def write_split(folder, num_conversations):
 
     folder.mkdir(exist_ok=True)
     (folder / "function_calling_test.jsonl").write_text("".join(json.dumps(row(n)) + "\n" for n in range(num_conversations)))
-    (folder / "function_calling_train.jsonl").write_text("".join(json.dumps(row(n)) + "\n" for n in (0, 2)))
+    (folder / "function_calling_train.jsonl").write_text("".join(json.dumps(row(2 * n)) + "\n" for n in range(num_conversations)))
 
 
 def test_foreign_predictions_need_three_fields_and_no_torch(tmp_path, tiny_model):
@@ -401,7 +471,7 @@ def test_foreign_predictions_need_three_fields_and_no_torch(tmp_path, tiny_model
     queries = evaluation.read_queries(tmp_path / "processed_data" / "function_calling_test.jsonl")
     lines = [{"conversation_id": q["conversation_id"], "turn": q["turn"], "output": q["reference"]} for q in queries]
     lines[0]["output"] = "\ud800 no \x1b[31m"
-    lines[1] |= {"finish_reason": "stop", "score": 0.0, "model": "what its server calls it"}  # more than is needed
+    lines[1] |= {"finish_reason": "stop", "score": 0.0, "model": "\ud800"}  # more than is needed
     (tmp_path / "server.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     code = (f"import sys; sys.path.insert(0, {str(ROOT)!r}); import evaluation; "
             f"evaluation.main(['--model', {str(tiny_model)!r}, '--predictions', 'server.jsonl', '--show-failures', '3']); "
@@ -414,6 +484,12 @@ def test_foreign_predictions_need_three_fields_and_no_torch(tmp_path, tiny_model
     assert metrics["seen_tools"]["scores"]["turn_right"]["n"] == metrics["unseen_tools"]["scores"]["turn_right"]["n"] == 3
     assert "no_call: conversation 0, turn 1" in process.stdout and "REFERENCE" in process.stdout
     assert "\x1b" not in process.stdout
+    arguments = ["--model", tiny_model, "--predictions", "server.jsonl"]
+    assert run_script(SCRIPT, *arguments, cwd=tmp_path).returncode == 0  # the same predictions: the same result
+    (tmp_path / "server.jsonl").write_text(json.dumps(lines[1]) + "\n\n")
+    assert_fails_in_one_line(run_script(SCRIPT, *arguments, cwd=tmp_path), "holds other predictions", "--overwrite")
+    assert run_script(SCRIPT, *arguments, "--overwrite", cwd=tmp_path).returncode == 0
+    assert json.loads((results / "metrics.json").read_text())["queries"] == 1
 
 
 def test_rescoring_gives_the_same_numbers_to_the_last_digit_in_seconds(tmp_path):
@@ -440,9 +516,37 @@ def test_rescoring_gives_the_same_numbers_to_the_last_digit_in_seconds(tmp_path)
     assert metrics["queries"] == 4000 and metrics["run"]["commit"] == "abc"
     low, high = metrics["difference_to_base"]["turn_right"]["interval"]
     assert 0.6 < low < 0.7 < high < 0.8
-    for words in ("tuned - base", "0.28 -> 0.91 / 0.973", "whole turn right, tools never seen", "failures"):
+    for words in ("difference", "0.28 -> 0.91 / 0.973", "whole turn right, tools never seen", "failures"):
         assert words in process.stdout
     assert time.perf_counter() - start < 10  # 4,000 of tuned and 4,000 of base, compared and drawn, on a busy machine
+    with open(tmp_path / "processed_data" / "function_calling_test.jsonl", "a") as file:
+        file.write("\n")
+    assert_fails_in_one_line(run_script(SCRIPT, "--rescore", cwd=tmp_path), "another test split")
+    (results / "predictions.partial.jsonl").touch()
+    assert_fails_in_one_line(run_script(SCRIPT, "--rescore", cwd=tmp_path), "unfinished", "--resume")
+    assert run_script(SCRIPT, "--rescore", "--limit", "3", cwd=tmp_path).returncode == 2
+    assert run_script(SCRIPT, "--show-failures", "-1", cwd=tmp_path).returncode == 2
+
+
+@pytest.mark.parametrize("damage", ["metrics.json", "predictions.jsonl", "other model", "unfinished"])
+def test_a_base_that_cannot_be_compared_is_left_out_with_a_note(tmp_path, capsys, damage):
+    write_split(tmp_path, 2)
+    queries = evaluation.read_queries(tmp_path / "function_calling_test.jsonl")
+    base = tmp_path / "base"
+    base.mkdir()
+    lines = [{"conversation_id": q["conversation_id"], "turn": q["turn"], "output": "x", "score": 0.5} for q in queries]
+    (base / "predictions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (base / "metrics.json").write_text(json.dumps({"run": {"test_split_sha256": "s", "commit": "c"}}))
+    facts = {"test_split_sha256": "s", "commit": "c"}
+    assert len(evaluation.load_base(base, facts, queries)) == 4 and capsys.readouterr().out == ""
+    if damage == "other model":
+        facts["commit"] = "d"
+    elif damage == "unfinished":
+        (base / "predictions.partial.jsonl").touch()
+    else:
+        (base / damage).write_text("{") if damage == "metrics.json" else (base / damage).unlink()
+    assert evaluation.load_base(base, facts, queries) is None
+    assert "is left out of the comparison" in capsys.readouterr().out
 
 
 def test_judging_4000_predictions_takes_seconds(tmp_path):

@@ -89,7 +89,8 @@ def test_every_real_reference_agrees_with_itself_and_every_count_adds_up(real_sp
     predictions = [{**query, "output": query["reference"], "score": 1.0, "finish_reason": "end_of_turn"} for query in queries]
     tools_of = {query["conversation_id"]: query["tools"] for query in queries}
     _, report, _ = evaluation.judge_predictions(predictions, tools_of, evaluation.read_seen_tools(real_splits / prepare.TEST_FILE))
-    check_sums(report), check_sums(report["seen_tools"]), check_sums(report["unseen_tools"])
+    for part in (report, report["seen_tools"], report["unseen_tools"], report["no_tools"]):
+        check_sums(part)
     assert report["faulty_references"] == 0 and not any(report["failures"].values())
     for metric in ("name_right", "arguments_right", "turn_right", "precision", "recall", "f1"):
         assert report["scores"][metric]["value"] == 1.0
