@@ -1147,7 +1147,8 @@ def main(argv=None):
     finished = all((results_dir / file).is_file() for file in ("metrics.json", "predictions.jsonl")) and not partial_path.exists()
     if finished and not (args.resume or args.overwrite):
         sys.exit(f"error: {results_dir} holds a finished evaluation: --overwrite replaces it, --rescore scores it again")
-    model_dir, commit = find_model(args.model, args.revision or training_run.get("commit"))
+    is_local = Path(args.model).expanduser().is_dir()
+    model_dir, commit = find_model(args.model, args.revision or (None if is_local else training_run.get("commit")))
     weights_sha256 = hash_local_weights(model_dir, commit)
     if weights_sha256 and training_run.get("weights_sha256") not in (None, weights_sha256):
         sys.exit(f"error: the adapter in {adapter_dir} was trained on other weights than those in {model_dir}: give its own --model")

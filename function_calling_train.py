@@ -838,7 +838,8 @@ def main(argv=None):
     if args.load_in_4bit and device != "cuda":
         sys.exit(f"error: --load-in-4bit needs a CUDA GPU, this machine has {device}: nf4 training is not reliable elsewhere")
     revision = args.revision
-    if args.resume and not revision:  # the commit the run began with, even if the hub's main branch has moved on
+    is_local = Path(args.model).expanduser().is_dir()
+    if args.resume and not revision and not is_local:  # the commit the run began with, even if the hub's main branch has moved on
         revision = recorded_commit(checkpoint_dir / "run.json" if unfinished else output_dir / "training_run.json")
     model_dir, commit = find_model(args.model, revision)
 

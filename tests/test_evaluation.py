@@ -319,6 +319,17 @@ def test_a_bad_line_of_the_split_is_named(tmp_path, line):
         evaluation.read_queries(path)
 
 
+def test_an_adapter_trained_from_the_hub_serves_on_a_local_copy_of_its_model(tiny_model, splits, tuned, tmp_path):
+    import shutil
+
+    adapter = tmp_path / "from-hub"
+    shutil.copytree(tuned / f"LoRA_{tiny_model.name}-function_calling", adapter)
+    run = json.loads((adapter / "training_run.json").read_text())
+    (adapter / "training_run.json").write_text(json.dumps({**run, "commit": "0" * 40, "weights_sha256": None}))
+    evaluate(tuned, tiny_model, splits, "--adapter", str(adapter), "--limit", "1", "--output-dir", str(tmp_path / "out"))
+    assert (tmp_path / "out" / tiny_model.name / "from-hub" / "metrics.json").is_file()
+
+
 def test_another_model_of_the_same_name_is_refused(tiny_model, splits, tuned, tmp_path):
     namesake = make_model(tmp_path / tiny_model.name, intermediate_size=96)
     with pytest.raises(SystemExit, match="trained on other weights"):
