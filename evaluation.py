@@ -318,8 +318,9 @@ def judge_turn(reference, output, finish_reason, tools):
     """Judge one output against its reference: a dict of verdicts, None where a question does not arise.
 
     "decision" is call, no_call or malformed; "name_right", "arguments_right" and "turn_right" compare the calls of the turn
-    without regard to their order; "problems" holds what the declared `tools` have against each call; "failure" is one of
-    FAILURES or None. A reference whose own calls cannot be read is faulty, and the output is not judged by it.
+    without regard to their order; "wanted_names" are the functions that the reference calls; "problems" holds what the declared
+    `tools` have against each call; "failure" is one of FAILURES or None. A reference whose own calls cannot be read is faulty,
+    and the output is not judged by it.
     """
     verdict = {"expects_call": "<tool_call>" in reference, "faulty_reference": None, "malformed_reason": None, "problems": [],
                "name_right": None, "arguments_right": None, "turn_right": None, "failure": None}
@@ -334,6 +335,7 @@ def judge_turn(reference, output, finish_reason, tools):
     except MalformedCall as reason:
         verdict["decision"], verdict["malformed_reason"] = "malformed", str(reason)
     verdict["problems"] = [find_problems(call, tools) for call in calls]
+    verdict["wanted_names"] = {call["name"] for call in wanted}
 
     if wanted:
         names, arguments = (Counter(map(key, calls)) == Counter(map(key, wanted))
@@ -471,9 +473,7 @@ def judge_predictions(predictions, tools_of, seen_tools):
         verdict = judge_turn(prediction["reference"], prediction["output"], prediction["finish_reason"], tools)
         judged.append((prediction, verdict, count_verdict(prediction, verdict)))
         # A query is about the tools it calls, or else about those it might call.
-        names = set(tools)
-        if verdict["expects_call"] and not verdict["faulty_reference"]:
-            names = {call["name"] for call in parse_calls(prediction["reference"])}
+        names = verdict["wanted_names"] or set(tools)
         if seen_tools is not None:
             groups["no_tools" if not names else "seen_tools" if names <= seen_tools else "unseen_tools"].append(judged[-1])
     report = summarize(judged)
@@ -647,10 +647,10 @@ def check_adapter(adapter_dir, model):
                      "untuned model with --baseline")
     try:
         run = json.loads((adapter_dir / "training_run.json").read_text(encoding="utf-8"))
-        trained_on, template_sha256, _ = run["model"], run["chat_template_sha256"], model_name(run["model"])
+        trained_on, trained_name, template_sha256 = run["model"], model_name(run["model"]), run["chat_template_sha256"]
     except (ValueError, KeyError, TypeError):
         sys.exit(f"error: {adapter_dir / 'training_run.json'} cannot be read: run function_calling_train.py again")
-    if model_name(trained_on) != model_name(model):
+    if trained_name != model_name(model):
         sys.exit(f"error: the adapter in {adapter_dir} was trained on {trained_on}, not on {model}: give --model {trained_on}")
     if sha256_of_file(adapter_dir / "chat_template.jinja") != template_sha256:
         sys.exit(f"error: {adapter_dir / 'chat_template.jinja'} is not the template the adapter was trained with: restore it, or "
@@ -1049,8 +1049,8 @@ def plot_comparison(runs, name, path):
     for position, (label, report) in enumerate(runs):
         color = "#E69F00" if label == "base" else "#0072B2"  # safe for colour-blind eyes
         shift = (position - (len(runs) - 1) / 2) * height
+        top.barh(0, 0, color=color, label=label)  # for the legend, whichever scores there are
         for row, metric in enumerate(shown):
-            top.barh(row + shift, 0, height * 0.9, color=color, label=label if row == 0 else None)
             if entry := report["scores"].get(metric):
                 top.barh(row + shift, entry["value"], height * 0.9, color=color)
                 top.plot(entry["interval"], [row + shift] * 2, color="black", linewidth=2)

@@ -151,6 +151,11 @@ def parse_args(argv=None):
 # What is read: the base model and the train split
 
 
+def model_name(model):
+    """The last part of a hub id or of a local folder's path, by which results are named."""
+    return Path(model).expanduser().resolve().name
+
+
 def find_model(model, revision):
     """Return (folder, commit) of a Gemma 3 text model: a local folder (commit None), or a hub id, which is downloaded."""
     folder, commit = Path(model).expanduser(), None
@@ -593,7 +598,7 @@ def find_checkpoints(checkpoint_dir):
 def describe_run(args, commit, weights_sha256, split_sha256):
     """All that the result of a run depends on, as it stands in run.json and, with more, in training_run.json."""
     return {
-        "model_name": Path(args.model).expanduser().resolve().name,
+        "model_name": model_name(args.model),
         "commit": commit,
         "weights_sha256": weights_sha256,
         "train_split_sha256": split_sha256,
@@ -727,7 +732,7 @@ tags: [function-calling, lora, sft, trl]
 
 # {default_output_dir(args.model).name}
 
-A LoRA adapter that teaches {Path(args.model).name}{revision} to call functions: `<tool_call>` and the seven other tags are single
+A LoRA adapter that teaches {model_name(args.model)}{revision} to call functions: `<tool_call>` and the seven other tags are single
 tokens of the tokenizer in this folder, and the chat template here is the one it was trained with.
 
 Trained for {training_run["steps"]} steps on {training_run["conversations"]["train"]:,} conversations; validation loss
@@ -768,7 +773,7 @@ def save_adapter(trainer, tokenizer, folder, args, commit):
 
 def default_output_dir(model):
     """The adapter's folder for a base model; evaluation.py finds it by the same rule."""
-    return Path(f"LoRA_{Path(model).expanduser().resolve().name}-function_calling")
+    return Path(f"LoRA_{model_name(model)}-function_calling")
 
 
 def finish(args, output_dir, merged_dir, model_dir):
@@ -934,7 +939,7 @@ def main(argv=None):
     }
     with new_folder(output_dir) as folder:
         save_adapter(trainer, tokenizer, folder, args, commit)
-        plot_losses(history, folder / "loss.png", f"{Path(args.model).name}: LoRA on function calling")
+        plot_losses(history, folder / "loss.png", f"{model_name(args.model)}: LoRA on function calling")
         (folder / "README.md").write_text(model_card(args, commit, training_run), encoding="utf-8")
         write_json(folder / "training_run.json", training_run)
     os.replace(checkpoint_dir / "run.json", checkpoint_dir / "finished_run.json")

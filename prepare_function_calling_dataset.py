@@ -348,7 +348,6 @@ def write_split(path, row_numbers, offsets, scratch, train_seen=None):
     """
     counts, sha256 = Counter(), hashlib.sha256()
     seen = {"requests": set(), "prompts": set(), "tools": set()}
-    unseen_tool_calls = 0
     with open(path, "wb") as file:
         for number in row_numbers:
             if offsets[number] < 0:
@@ -379,17 +378,16 @@ def write_split(path, row_numbers, offsets, scratch, train_seen=None):
                         counts["unreadable_tool_calls"] += 1
                         continue
                     seen["tools"].add(name)
-                    unseen_tool_calls += train_seen is not None and name not in train_seen["tools"]
+                    if train_seen:
+                        counts["tool_calls_to_tools_unseen_in_train"] += name not in train_seen["tools"]
         file.flush()
         os.fsync(file.fileno())
-    entry = {"file": path.name, "sha256": sha256.hexdigest(), "rows_drawn": len(row_numbers)}
-    for key in ("conversations", "tool_call_turns", "helpful_turns", "tool_calls", "unreadable_tool_calls"):
-        entry[key] = counts[key]
+    keys = ["conversations", "tool_call_turns", "helpful_turns", "tool_calls", "unreadable_tool_calls"]
     if train_seen:
-        for key in ("same_first_user_turn_in_train", "same_first_user_turn_and_system_text_in_train"):
-            entry[key] = counts[key]
-        entry["tool_calls_to_tools_unseen_in_train"] = unseen_tool_calls
-    return entry, seen
+        keys += ["same_first_user_turn_in_train", "same_first_user_turn_and_system_text_in_train",
+                 "tool_calls_to_tools_unseen_in_train"]
+    entry = {"file": path.name, "sha256": sha256.hexdigest(), "rows_drawn": len(row_numbers)}
+    return entry | {key: counts[key] for key in keys}, seen
 
 
 def sha256_of_file(path):
