@@ -7,7 +7,6 @@ import shutil
 import subprocess
 import sys
 from itertools import islice
-from pathlib import Path
 
 import jsonschema
 import peft
