@@ -569,6 +569,14 @@ def spoken(value):
     return str(value)
 
 
+def capitalize(text):
+    return text[0].upper() + text[1:]
+
+
+def mend_articles(text):
+    return re.sub(r"\ba (?=[aeiouAEIOU])", "an ", text)
+
+
 def chat_fact(rng):
     question, answer = rng.choice(FACTS)
     return rng.choice(["{}", "Hi! {}", "I have a question. {}", "{} Please answer in one sentence."]).format(question), answer
@@ -685,9 +693,8 @@ def ask_for(rng, tool, leave_out=False):
     if template.startswith("?"):
         text = rng.choice(QUESTIONS).format(text)
     else:
-        text = rng.choice(ORDERS).format(text)
-        text = text[0].upper() + text[1:]
-    text = re.sub(r"\ba (?=[aeiouAEIOU])", "an ", text).replace("a headphones", "headphones")
+        text = capitalize(rng.choice(ORDERS).format(text))
+    text = mend_articles(text).replace("a headphones", "headphones")
     said = slots_of(template)
     missing = next(((name, kind) for name, kind, _ in parameters if name in required - said), None)
     arguments = {name: value for name, value in values.items() if name in said or (missing and name == missing[0])}
@@ -891,6 +898,10 @@ def draw_fields(rng, low, high):
     return fields
 
 
+def values_of(fields):
+    return {name: value for name, (_, value) in fields.items()}
+
+
 def say_field(rng, name, kind, value):
     words = name.replace("_", " ")
     if rng.random() < 0.65 and name.split("_")[0] not in FIELD_PREFIXES:
@@ -911,8 +922,7 @@ def draw_varied_form(rng):
                         f"where is the {noun}", f"the {noun} has to be done"])
     fields = draw_fields(rng, 1, 3)
     required = [name for name in fields if rng.random() < 0.9]
-    description = re.sub(r"\ba (?=[aeiou])", "an ", description)
-    return Form(title, words, noun, description[0].upper() + description[1:], fields, required)
+    return Form(title, words, noun, capitalize(mend_articles(description)), fields, required)
 
 
 def draw_form(rng):
@@ -926,14 +936,13 @@ def draw_form(rng):
     fields = draw_fields(rng, 1, 4)
     required = [name for name in fields if rng.random() < 0.85]
     description = rng.choice(["Use this to {}", "{} for our guests", "A page to {}", "Make a {}", "Handle a {}"]).format(words)
-    return Form(title, words, noun, description[0].upper() + description[1:], fields, required)
+    return Form(title, words, noun, capitalize(description), fields, required)
 
 
 def write_form(rng, form):
     properties = {name: {**kind.schema, **({"description": kind.description} if name not in KINDS or rng.random() < 0.8 else {})}
                   for name, (kind, _) in form.fields.items()}
-    content = {"title": form.title, "description": form.description, "type": "object", "properties": properties, "required": form.required}
-    return content
+    return {"title": form.title, "description": form.description, "type": "object", "properties": properties, "required": form.required}
 
 
 def request_form(rng, form, fields):
@@ -944,18 +953,17 @@ def request_form(rng, form, fields):
         text = " ".join([form.words, *phrases]) if rng.random() < 0.8 else " ".join([*phrases, form.words])
         is_order = form.words.split()[0] in COMMON_VERBS
         start, end = rng.choice([("", "."), ("Please ", "."), ("Can you ", "?"), ("Hello, ", ".")] if is_order else [("", "."), ("Hello, ", "."), ("", "?")])
-        text = re.sub(r"\ba (?=[aeiou])", "an ", start + text + end)
-        return text[0].upper() + text[1:]
+        return capitalize(mend_articles(start + text + end))
     join = rng.choice([" ", " ", ", "])
     start = rng.choice(["Please {}", "I need the {}", "Fill in the {}", "Can you {}", "{}", "Make the {}", "Write the {}", "Hello, {}", "We have to {}"])
     if rng.random() < 0.25:  # only what it is about
         start = rng.choice(["It is about the {}", "Something for the {}", "I come because of the {}", "Do it for my {}"]).format(form.noun)
     text = (start.format(form.words) + " " + join.join(phrases)).strip()
-    return text[0].upper() + text[1:] + ("?" if start.startswith("Can") else ".")
+    return capitalize(text) + ("?" if start.startswith("Can") else ".")
 
 
 def fill_form(form, fields, style="form"):
-    values = {name: value for name, (_, value) in fields.items()}
+    values = values_of(fields)
     return {
         "form": f"Form {form.title}\n{json.dumps(values)}",
         "colon": f"{form.title}: {json.dumps(values)}",
@@ -1018,7 +1026,7 @@ def text_forms(rng, varied=False, styles=False):
 def text_record(rng):
     """A record in JSON and questions about it."""
     fields = draw_fields(rng, 2, 5)
-    record = json.dumps({name: value for name, (_, value) in fields.items()})
+    record = json.dumps(values_of(fields))
     asked = rng.sample(sorted(fields), min(len(fields), rng.randint(1, 5)))
     exchanges = []
     for name in asked:
@@ -1037,7 +1045,7 @@ def text_record(rng):
 def text_to_json(rng):
     """Values in words or lines, to be written as JSON, or the other way round."""
     fields = draw_fields(rng, 1, 5)
-    record = json.dumps({name: value for name, (_, value) in fields.items()})
+    record = json.dumps(values_of(fields))
     lines = "\n".join(f"{name}: {spoken(value)}" for name, (_, value) in fields.items())
     sentence = ", ".join(f"the {name.replace('_', ' ')} is {spoken(value)}" for name, (_, value) in fields.items())
     return [rng.choice([
