@@ -13,6 +13,7 @@ draws comparison.png, and prints base, tuned and published scores side by side.
 import argparse
 import ast
 import contextlib
+import errno
 import functools
 import hashlib
 import importlib.metadata
@@ -56,6 +57,9 @@ METRICS = {
 DECISIONS = ["call", "no_call", "malformed"]
 FAILURES = ["no_call", "unneeded_call", "malformed", "wrong_function", "wrong_arguments", "wrong_count", "truncated"]
 PROBLEMS = ["unknown function", "required argument missing", "argument not declared", "wrong type"]
+ADAPTER_FILES = ["adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
+                 "training_run.json"]  # which holds the hashes of the others
+DISK_FULL = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT}
 FINISH_REASONS = ["end_of_turn", "max_new_tokens", "prompt_too_long"]
 SERVER_REASONS = {"stop": "end_of_turn", "length": "max_new_tokens"}  # as servers of OpenAI's kind name them
 MAX_NESTING = 100  # levels of lists and objects in a call's arguments
@@ -503,7 +507,7 @@ def check_split(path):
         try:
             info = json.loads(info_path.read_text(encoding="utf-8"))
             described = {split["file"]: split["sha256"] for split in (info["train"], info["test"])}
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             sys.exit(f"error: {info_path} cannot be read: run prepare_function_calling_dataset.py again")
         if described.get(path.name, sha256) != sha256:
             sys.exit(f"error: {path} is not the file that {info_path} describes: run prepare_function_calling_dataset.py "
@@ -574,6 +578,11 @@ def read_queries(path, limit=None):
     return queries
 
 
+def first_line(error):
+    """What an exception says, in one line."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
 def find_model(model, revision, with_weights=True):
     """Return (folder, commit) of a Gemma 3 text model: a local folder (commit None), or a hub id, which is downloaded."""
     folder, commit = Path(model).expanduser(), None
@@ -590,7 +599,7 @@ def find_model(model, revision, with_weights=True):
             sys.exit(f"error: --model {model}: {folder} holds no {name}, so it is no whole Transformers model")
     try:
         model_type = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         sys.exit(f"error: --model {model}: {folder / 'config.json'} cannot be read")
     if model_type != "gemma3_text":
         sys.exit(f"error: --model {model}: a {model_type} model; this workflow is for Gemma 3 text models (gemma3_text)")
@@ -602,17 +611,46 @@ def download_model(model, revision, patterns):
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, HTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
+    be_quiet_about_downloads()
+    started = time.time()
     try:
-        return Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
+        folder = Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
     except GatedRepoError:  # a subclass of RepositoryNotFoundError
         sys.exit(f"error: {model} is gated: accept its licence at https://huggingface.co/{model}, then run `hf auth login`")
     except RepositoryNotFoundError:
         sys.exit(f"error: {model} was not found on the hub: check --model, or run `hf auth login` if it is private")
     except RevisionNotFoundError:
         sys.exit(f"error: {model} has no revision {revision}: check --revision")
-    except (OSError, HTTPError, ValueError) as error:
-        reason = str(error.__cause__ or error).splitlines()[0]
+    except (OSError, HTTPError, ValueError, RuntimeError) as error:  # RuntimeError: of its Xet transfers
+        if getattr(error, "errno", None) in DISK_FULL:
+            raise
+        reason = first_line(error.__cause__ or error)
         sys.exit(f"error: {model} could not be downloaded ({reason}): check the network and HF_ENDPOINT, then run this again")
+    if any(path.stat().st_mtime >= started for path in folder.iterdir()):  # fetched just now
+        remove_damaged_download(model, folder.name)
+    return folder
+
+
+def be_quiet_about_downloads():
+    """What fails in the end is told in one line; a progress bar is for a terminal."""
+    import huggingface_hub
+
+    huggingface_hub.logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        huggingface_hub.utils.disable_progress_bars()
+
+
+def remove_damaged_download(model, commit):
+    """End the program if a file in the cache is not the one the hub holds; the download is then taken out of the cache."""
+    from huggingface_hub import HfApi, scan_cache_dir
+
+    try:
+        damaged = HfApi().verify_repo_checksums(model, revision=commit).mismatches
+    except Exception:  # the hub says no more: what is broken shows when it is read
+        return
+    if damaged:
+        scan_cache_dir().delete_revisions(commit).execute()
+        sys.exit(f"error: {model}: {damaged[0]['path']} was damaged on its way; it is removed from the cache: run this again")
 
 
 def hash_local_weights(folder, commit):
@@ -631,7 +669,7 @@ def load_tokenizer(folder):
     try:
         return AutoTokenizer.from_pretrained(folder)
     except Exception as error:  # the tokenizers library raises plain Exceptions
-        sys.exit(f"error: {folder}: the tokenizer cannot be loaded: {str(error).splitlines()[0]}")
+        sys.exit(f"error: {folder}: the tokenizer cannot be loaded: {first_line(error)}")
 
 
 def model_name(model):
@@ -640,21 +678,21 @@ def model_name(model):
 
 def check_adapter(adapter_dir, model):
     """Return training_run.json of an adapter; end the program if the adapter is missing, unsafe or not this model's."""
-    for name in ("adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
-                 "training_run.json"):
+    for name in ADAPTER_FILES:
         if not (adapter_dir / name).is_file():
             sys.exit(f"error: {adapter_dir / name} not found: run function_calling_train.py first, give --adapter, or score the "
                      "untuned model with --baseline")
     try:
         run = json.loads((adapter_dir / "training_run.json").read_text(encoding="utf-8"))
-        trained_on, trained_name, template_sha256 = run["model"], model_name(run["model"]), run["chat_template_sha256"]
-    except (ValueError, KeyError, TypeError):
+        trained_on, trained_name = run["model"], model_name(run["model"])
+        as_trained = dict(run["files_sha256"])
+    except (ValueError, KeyError, TypeError, RecursionError):
         sys.exit(f"error: {adapter_dir / 'training_run.json'} cannot be read: run function_calling_train.py again")
     if trained_name != model_name(model):
         sys.exit(f"error: the adapter in {adapter_dir} was trained on {trained_on}, not on {model}: give --model {trained_on}")
-    if sha256_of_file(adapter_dir / "chat_template.jinja") != template_sha256:
-        sys.exit(f"error: {adapter_dir / 'chat_template.jinja'} is not the template the adapter was trained with: restore it, or "
-                 "run function_calling_train.py again")
+    for name in ADAPTER_FILES[:-1]:
+        if sha256_of_file(adapter_dir / name) != as_trained.get(name):
+            sys.exit(f"error: {adapter_dir / name} is not as training left it: restore it, or run function_calling_train.py again")
     return run
 
 
@@ -690,7 +728,7 @@ def load_model(model_dir, adapter_dir, device, dtype):
     except torch.OutOfMemoryError:
         raise
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-        sys.exit(f"error: {reading}: the {'adapter' if reading == adapter_dir else 'model'} cannot be loaded: {str(error).splitlines()[0]}")
+        sys.exit(f"error: {reading}: the {'adapter' if reading == adapter_dir else 'model'} cannot be loaded: {first_line(error)}")
     return model.to(device, dtype).eval()
 
 
@@ -753,18 +791,26 @@ def answer_queries(queries, model, tokenizer, scorer, args):
     longest_prompt = model.config.get_text_config().max_position_embeddings - args.max_new_tokens
     if longest_prompt < 1:
         sys.exit(f"error: --max-new-tokens {args.max_new_tokens} leaves no room for a prompt in the model's context")
-    prompts = [encode_prompt(query["prompt"], tokenizer, args.baseline) for query in queries]
+    # A prompt that does not fit is a failure to be counted; cutting it would take away what it asks for. Later prompts of the
+    # same conversation hold it and more, so they are not even encoded.
+    prompts, outgrown = [], set()
+    for query in queries:
+        prompt = None
+        if query["conversation_id"] not in outgrown:
+            prompt = encode_prompt(query["prompt"], tokenizer, args.baseline)
+            if len(prompt) > longest_prompt:
+                outgrown.add(query["conversation_id"])
+                prompt = None
+        prompts.append(prompt)
 
-    def predict(query, prompt, output, finish_reason, output_tokens):
+    def predict(query, output, finish_reason, **num_tokens):
         prediction = {key: query[key] for key in ("conversation_id", "turn", "kind", "reference")}
         tokens = [scorer.encode(text, add_special_tokens=False) for text in (query["reference"], output)]
-        return {**prediction, "output": output, "score": score_output(query["kind"], *tokens), "finish_reason": finish_reason,
-                "prompt_tokens": len(prompt), "output_tokens": output_tokens}
+        return {**prediction, "output": output, "score": score_output(query["kind"], *tokens), "finish_reason": finish_reason, **num_tokens}
 
-    # A prompt that does not fit is a failure to be counted; cutting it would take away what it asks for.
-    too_long = [index for index, prompt in enumerate(prompts) if len(prompt) > longest_prompt]
+    too_long = [index for index, prompt in enumerate(prompts) if prompt is None]
     if too_long:
-        yield [predict(queries[index], prompts[index], "", "prompt_too_long", 0) for index in too_long]
+        yield [predict(queries[index], "", "prompt_too_long") for index in too_long]
     order = sorted(set(range(len(queries))) - set(too_long), key=lambda index: (-len(prompts[index]), index))
     last_told = time.monotonic()
     with tqdm(total=len(queries), initial=len(too_long), desc="Answering", unit=" queries", disable=None) as progress:
@@ -776,7 +822,8 @@ def answer_queries(queries, model, tokenizer, scorer, args):
             predictions = []
             for index, (tokens, ended) in zip(batch, outputs):
                 text = tokenizer.decode(tokens, skip_special_tokens=True).strip()
-                predictions.append(predict(queries[index], prompts[index], text, "end_of_turn" if ended else "max_new_tokens", len(tokens)))
+                predictions.append(predict(queries[index], text, "end_of_turn" if ended else "max_new_tokens",
+                                           prompt_tokens=len(prompts[index]), output_tokens=len(tokens)))
             yield predictions
             progress.update(len(batch))
             if progress.disable and time.monotonic() - last_told > 60:  # no terminal is watching: a line a minute
@@ -885,11 +932,36 @@ def read_partial(path, identity, queries, args):
     return list(found.values())
 
 
+@contextlib.contextmanager
+def sole_process_in(folder):
+    """Keep other processes of this script out of `folder`; the program ends if one is at work there.
+
+    No lock is kept on Windows and on file systems that know none, such as some network drives.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        sys.exit(f"error: {folder}: another process is at work there: let it end, or stop it first")
+    except OSError:
+        pass
+    try:
+        yield
+    finally:
+        os.close(descriptor)
+
+
 def open_partial(path, identity, predictions):
     """Open the file of an unfinished evaluation, with what is already answered in it, to append further predictions."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in [identity, *predictions]))
-    return open(path, "a", encoding="utf-8")
+    return open(path, "ab", buffering=0)  # one write a batch: a kill hardly ever falls into it
 
 
 def score_predictions(predictions, model, revision):
@@ -942,7 +1014,7 @@ def load_base(base_dir, facts, queries):
         return None
     try:
         base = dict(json.loads((base_dir / "metrics.json").read_text(encoding="utf-8"))["run"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         base = None
     reason = "is not finished, or cannot be read"
     if base is not None and (base_dir / "predictions.jsonl").is_file() and not (base_dir / "predictions.partial.jsonl").exists():
@@ -1105,9 +1177,9 @@ def write_report(args, results_dir, label, name, queries, predictions, compariso
     runs = [("base", base_report), (label, report)] if base else [(label, report)]
     chart_dir = results_dir.parent if label in ("base", "tuned") else results_dir
     if label == "base":  # the chart of base and tuned stays one of both
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
             tuned = json.loads((results_dir.parent / "tuned" / "metrics.json").read_text(encoding="utf-8"))
-            if tuned["run"]["test_split_sha256"] == facts["test_split_sha256"]:
+            if tuned["run"]["test_split_sha256"] == facts["test_split_sha256"] and {"scores", "failures"} <= tuned.keys():
                 runs.append(("tuned", tuned))
     plot_comparison(runs, name, chart_dir / "comparison.png")
     published = {}
@@ -1122,8 +1194,21 @@ def write_report(args, results_dir, label, name, queries, predictions, compariso
         print(format_failures(predictions, verdicts, args.show_failures))
 
 
+def is_finished(results_dir):
+    """Whether a folder holds the results of a whole evaluation, and no later one that is unfinished."""
+    if (results_dir / "predictions.partial.jsonl").exists():
+        return False
+    return all((results_dir / name).is_file() for name in ("metrics.json", "predictions.jsonl"))
+
+
 def main(argv=None):
     args = parse_args(argv)
+    with contextlib.ExitStack() as held:  # what is locked stays so until the end
+        run(args, held)
+
+
+def run(args, held):
+    """Evaluate as `args` say, from the checks to the table; `held` takes the locks."""
     name = model_name(args.model)
     default_adapter = Path(f"LoRA_{name}-function_calling")
     is_default = args.adapter is None or args.adapter.resolve() == default_adapter.resolve()
@@ -1144,7 +1229,10 @@ def main(argv=None):
     adapter_dir = None if args.baseline else args.adapter or default_adapter
     training_run = check_adapter(adapter_dir, args.model) if adapter_dir else {}
     partial_path = results_dir / "predictions.partial.jsonl"
-    finished = all((results_dir / file).is_file() for file in ("metrics.json", "predictions.jsonl")) and not partial_path.exists()
+    finished = is_finished(results_dir)
+    if results_dir.is_dir():
+        with sole_process_in(results_dir):
+            pass
     if finished and not (args.resume or args.overwrite):
         sys.exit(f"error: {results_dir} holds a finished evaluation: --overwrite replaces it, --rescore scores it again")
     is_local = Path(args.model).expanduser().is_dir()
@@ -1180,6 +1268,9 @@ def main(argv=None):
         refuse_other_evaluation(results_dir, read_run(results_dir), identity)
         print(f"Finished    {results_dir} is complete; nothing is left to ask. --rescore prints its scores")
         return
+    held.enter_context(sole_process_in(results_dir))
+    if is_finished(results_dir) != finished:
+        sys.exit(f"error: {results_dir}: another process was at work there since this one started: run this again")
     predictions = read_partial(partial_path, identity, queries, args)
     comparison = read_comparison(args, results_dir, label, every_query, identity)
     done = {(prediction["conversation_id"], prediction["turn"]) for prediction in predictions}
@@ -1196,8 +1287,7 @@ def main(argv=None):
             model = load_model(model_dir, adapter_dir, device, dtype)
             with open_partial(partial_path, identity, predictions) as partial:
                 for batch in answer_queries(remaining, model, tokenizer, scorer, args):
-                    partial.writelines(json.dumps(prediction, ensure_ascii=False) + "\n" for prediction in batch)
-                    partial.flush()
+                    partial.write("".join(json.dumps(prediction, ensure_ascii=False) + "\n" for prediction in batch).encode())
                     os.fsync(partial.fileno())
                     predictions += batch
         except torch.OutOfMemoryError:
@@ -1229,7 +1319,7 @@ def read_run(results_dir):
     path = results_dir / "metrics.json"
     try:
         return dict(json.loads(path.read_text(encoding="utf-8"))["run"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         sys.exit(f"error: {path} is missing or cannot be read: run evaluation.py with --overwrite to make it anew")
 
 
@@ -1266,7 +1356,7 @@ def describe_other_split(test_file, training_run):
         return None
     try:
         beside = json.loads(info_path.read_text(encoding="utf-8"))["train"]["sha256"]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         sys.exit(f"error: {info_path} cannot be read: run prepare_function_calling_dataset.py again")
     if training_run.get("train_split_sha256") == beside:
         return None
@@ -1282,7 +1372,10 @@ def exit_cleanly(main):
         print("\ninterrupted: run the same command with --resume (in place of --overwrite) to go on", file=sys.stderr)
         sys.exit(130)
     except OSError as error:
-        sys.exit(f"error: {error}")
+        if error.errno in DISK_FULL:
+            sys.exit(f"error: a file could not be written ({first_line(error)}): make room on the disk, then run the same command "
+                     "with --resume (in place of --overwrite)")
+        sys.exit(f"error: {first_line(error)}")
 
 
 if __name__ == "__main__":

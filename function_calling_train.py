@@ -12,6 +12,7 @@ goes on from the last of them.
 
 import argparse
 import contextlib
+import errno
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -19,6 +20,7 @@ import json
 import logging
 import math
 import os
+import pickle
 import re
 import shlex
 import shutil
@@ -43,6 +45,7 @@ TAGS = [
     "</tool_response>",
 ]
 LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+DISK_FULL = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT}
 VALIDATIONS_PER_RUN = 4  # each costs one pass over the validation split and leaves a checkpoint
 
 # Gemma's turns; a tool's result stands in a user turn. Control tokens written out in a message get a space before their
@@ -156,6 +159,11 @@ def model_name(model):
     return Path(model).expanduser().resolve().name
 
 
+def first_line(error):
+    """What an exception says, in one line."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
 def find_model(model, revision):
     """Return (folder, commit) of a Gemma 3 text model: a local folder (commit None), or a hub id, which is downloaded."""
     folder, commit = Path(model).expanduser(), None
@@ -172,7 +180,7 @@ def find_model(model, revision):
             sys.exit(f"error: --model {model}: {folder} holds no {name}, so it is no whole Transformers model")
     try:
         model_type = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         sys.exit(f"error: --model {model}: {folder / 'config.json'} cannot be read")
     if model_type != "gemma3_text":
         sys.exit(f"error: --model {model}: a {model_type} model; this workflow is for Gemma 3 text models (gemma3_text)")
@@ -184,17 +192,46 @@ def download_model(model, revision):
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, HTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
+    be_quiet_about_downloads()
+    started = time.time()
     try:
-        return Path(snapshot_download(model, revision=revision, allow_patterns=["*.json", "*.safetensors", "*.jinja"]))
+        folder = Path(snapshot_download(model, revision=revision, allow_patterns=["*.json", "*.safetensors", "*.jinja"]))
     except GatedRepoError:  # a subclass of RepositoryNotFoundError
         sys.exit(f"error: {model} is gated: accept its licence at https://huggingface.co/{model}, then run `hf auth login`")
     except RepositoryNotFoundError:
         sys.exit(f"error: {model} was not found on the hub: check --model, or run `hf auth login` if it is private")
     except RevisionNotFoundError:
         sys.exit(f"error: {model} has no revision {revision}: check --revision")
-    except (OSError, HTTPError, ValueError) as error:
-        reason = str(error.__cause__ or error).splitlines()[0]
+    except (OSError, HTTPError, ValueError, RuntimeError) as error:  # RuntimeError: of its Xet transfers
+        if getattr(error, "errno", None) in DISK_FULL:
+            raise
+        reason = first_line(error.__cause__ or error)
         sys.exit(f"error: {model} could not be downloaded ({reason}): check the network and HF_ENDPOINT, then run this again")
+    if any(path.stat().st_mtime >= started for path in folder.iterdir()):  # fetched just now
+        remove_damaged_download(model, folder.name)
+    return folder
+
+
+def be_quiet_about_downloads():
+    """What fails in the end is told in one line; a progress bar is for a terminal."""
+    import huggingface_hub
+
+    huggingface_hub.logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        huggingface_hub.utils.disable_progress_bars()
+
+
+def remove_damaged_download(model, commit):
+    """End the program if a file in the cache is not the one the hub holds; the download is then taken out of the cache."""
+    from huggingface_hub import HfApi, scan_cache_dir
+
+    try:
+        damaged = HfApi().verify_repo_checksums(model, revision=commit).mismatches
+    except Exception:  # the hub says no more: what is broken shows when it is read
+        return
+    if damaged:
+        scan_cache_dir().delete_revisions(commit).execute()
+        sys.exit(f"error: {model}: {damaged[0]['path']} was damaged on its way; it is removed from the cache: run this again")
 
 
 def hash_local_weights(folder, commit):
@@ -213,7 +250,7 @@ def load_tokenizer(folder):
     try:
         return AutoTokenizer.from_pretrained(folder)
     except Exception as error:  # the tokenizers library raises plain Exceptions
-        sys.exit(f"error: {folder}: the tokenizer cannot be loaded: {str(error).splitlines()[0]}")
+        sys.exit(f"error: {folder}: the tokenizer cannot be loaded: {first_line(error)}")
 
 
 def load_base_model(folder, **options):
@@ -227,7 +264,7 @@ def load_base_model(folder, **options):
     except torch.OutOfMemoryError:
         raise
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        sys.exit(f"error: {folder}: the model cannot be loaded: {str(error).splitlines()[0]}")
+        sys.exit(f"error: {folder}: the model cannot be loaded: {first_line(error)}")
 
 
 def sha256_of_file(path):
@@ -277,7 +314,7 @@ def check_split(path):
         try:
             info = json.loads(info_path.read_text(encoding="utf-8"))
             described = {split["file"]: split["sha256"] for split in (info["train"], info["test"])}
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             sys.exit(f"error: {info_path} cannot be read: run prepare_function_calling_dataset.py again")
         if described.get(path.name, sha256) != sha256:
             sys.exit(f"error: {path} is not the file that {info_path} describes: run prepare_function_calling_dataset.py "
@@ -517,7 +554,7 @@ def build_trainer(model, tokenizer, tag_ids, training, validation, args, device,
                         print(f"step {state.global_step:,} of {state.max_steps:,}: {label} {entry[key]:.4f}, "
                               f"{entry['elapsed_seconds']:,.0f} s", flush=True)
 
-        def close_bar(self):
+        def close(self):
             if self.bar is not None:
                 self.bar.close()
 
@@ -585,14 +622,54 @@ def build_trainer(model, tokenizer, tag_ids, training, validation, args, device,
 
 
 def find_checkpoints(checkpoint_dir):
-    """The whole checkpoints in a folder, oldest first; one that a kill or a power cut tore is not among them."""
+    """The whole checkpoints in a folder, oldest first; one that a kill, a power cut or a full disk cut short is not among them."""
+    import torch
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+    from transformers.trainer_pt_utils import safe_globals
+
     found = []
     for folder in checkpoint_dir.glob("checkpoint-*"):
-        parts = ["adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state*.pth"]
-        if all(any(path.stat().st_size for path in folder.glob(part)) for part in parts):
-            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # trainer_state.json is written last
-                found.append((json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))["global_step"], folder))
+        if not re.fullmatch(r"checkpoint-\d+", folder.name):
+            continue
+        try:
+            state = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
+            load_file(folder / "adapter_model.safetensors")
+            with safe_globals():
+                for path in (folder / "optimizer.pt", folder / "scheduler.pt", *folder.glob("rng_state*.pth")):
+                    torch.load(path, map_location="cpu", weights_only=True)
+            found.append((int(state["global_step"]), folder))
+        except (FileNotFoundError, ValueError, KeyError, TypeError, EOFError, RuntimeError, SafetensorError, pickle.UnpicklingError):
+            continue
+        except OSError as error:
+            if error.errno != errno.EINVAL:  # which torch makes of some torn files; a disk that fails is another matter
+                raise
     return [folder for _, folder in sorted(found)]
+
+
+@contextlib.contextmanager
+def sole_process_in(folder):
+    """Keep other processes of this script out of `folder`; the program ends if one is at work there.
+
+    No lock is kept on Windows and on file systems that know none, such as some network drives.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        sys.exit(f"error: {folder}: another process is at work there: let it end, or stop it first")
+    except OSError:
+        pass
+    try:
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def describe_run(args, commit, weights_sha256, split_sha256):
@@ -612,7 +689,7 @@ def refuse_other_run(path, description):
     try:
         earlier = json.loads(path.read_text(encoding="utf-8"))
         before = {**earlier, **earlier["arguments"]}
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         sys.exit(f"error: {path} cannot be read: --overwrite starts anew")
     now = {**description, **description["arguments"]}
     changes = [f"{key} was {before.get(key)}, is {value}" for key, value in now.items()
@@ -629,21 +706,21 @@ def open_checkpoint_dir(checkpoint_dir, description, resume):
     if resume and (checkpoint_dir / "run.json").is_file():
         refuse_other_run(checkpoint_dir / "run.json", description)
         whole = find_checkpoints(checkpoint_dir)
-        for folder in set(checkpoint_dir.glob("checkpoint-*")) - set(whole):
+        damaged = [folder for folder in checkpoint_dir.glob("checkpoint-*") if folder.is_dir() and folder not in whole]
+        if whole:
+            # The library notes the best checkpoint by its path, which may have been given from another working directory.
+            state_path = whole[-1] / "trainer_state.json"
+            state = json.loads(state_path.read_text(encoding="utf-8"))
+            if state.get("best_model_checkpoint"):
+                best = checkpoint_dir / Path(state["best_model_checkpoint"]).name
+                if best not in whole and not damaged:  # the step of a damaged one, which was better, is to be done again
+                    sys.exit(f"error: {best}, the best checkpoint so far, is missing: --overwrite starts anew")
+                write_json(state_path, {**state, "best_model_checkpoint": str(best)})
+        for folder in damaged:
             shutil.rmtree(folder)
-        if not whole:
-            return None
-        # The library notes the best checkpoint by its path, which may have been given from another working directory.
-        state_path = whole[-1] / "trainer_state.json"
-        state = json.loads(state_path.read_text(encoding="utf-8"))
-        if state.get("best_model_checkpoint"):
-            best = checkpoint_dir / Path(state["best_model_checkpoint"]).name
-            if best not in whole:
-                sys.exit(f"error: {best}, the best checkpoint so far, is missing: --overwrite starts anew")
-            write_json(state_path, {**state, "best_model_checkpoint": str(best)})
-        return whole[-1]
-    shutil.rmtree(checkpoint_dir, ignore_errors=True)
-    checkpoint_dir.mkdir(parents=True)
+        return whole[-1] if whole else None
+    for path in checkpoint_dir.iterdir():  # the folder itself stays, and with it the lock on it
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
     write_json(checkpoint_dir / "run.json", description)
     return None
 
@@ -655,7 +732,10 @@ def open_checkpoint_dir(checkpoint_dir, description, resume):
 def write_json(path, content):
     """Write a JSON file whole or not at all."""
     unfinished = path.with_name(path.name + ".unfinished")
-    unfinished.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    with open(unfinished, "w", encoding="utf-8") as file:
+        file.write(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(unfinished, path)
 
 
@@ -668,6 +748,9 @@ def new_folder(path):
     unfinished.mkdir(parents=True)
     try:
         yield unfinished
+        for file in unfinished.iterdir():
+            with open(file, "rb") as written:
+                os.fsync(written.fileno())
         if path.exists():
             os.replace(path, old)
         os.replace(unfinished, path)
@@ -788,7 +871,7 @@ def finish(args, output_dir, merged_dir, model_dir):
         try:
             HfApi().upload_folder(repo_id=args.push_to_hub, folder_path=output_dir, commit_message="Add adapter")
         except (OSError, HTTPError, ValueError) as error:
-            sys.exit(f"error: {output_dir} is complete, but was not uploaded ({str(error).splitlines()[0]}): run the same command "
+            sys.exit(f"error: {output_dir} is complete, but was not uploaded ({first_line(error)}): run the same command "
                      "with --resume to try again")
         print(f"Uploaded    https://huggingface.co/{args.push_to_hub}")
     command = ["python", "evaluation.py"]
@@ -803,12 +886,24 @@ def finish(args, output_dir, merged_dir, model_dir):
 
 def recorded_commit(path):
     """The commit of the base model that a run.json or training_run.json names, or None."""
-    with contextlib.suppress(OSError, ValueError, AttributeError):
+    with contextlib.suppress(OSError, ValueError, AttributeError, RecursionError):
         return json.loads(path.read_text(encoding="utf-8")).get("commit")
+
+
+def look_for_runs(output_dir, checkpoint_dir):
+    """Whether there is an unfinished run, and whether there is a finished one that no unfinished run is to replace."""
+    unfinished = (checkpoint_dir / "run.json").is_file()
+    return unfinished, (output_dir / "training_run.json").is_file() and not unfinished
 
 
 def main(argv=None):
     args = parse_args(argv)
+    with contextlib.ExitStack() as held:  # what is locked stays so until the end
+        run(args, held)
+
+
+def run(args, held):
+    """Train as `args` say, from the checks to the summary; `held` takes the locks."""
     is_main = int(os.environ.get("RANK", 0)) == 0  # torchrun starts several processes; one of them speaks and writes
     num_processes = int(os.environ.get("WORLD_SIZE", 1))
     if num_processes == 1:  # one process trains on one GPU; torchrun gives each of several its own
@@ -827,14 +922,16 @@ def main(argv=None):
                  f"in batches of {args.batch_size}: change --batch-size or --conversations-per-step")
     if args.report_to != "none" and importlib.util.find_spec(args.report_to) is None:
         sys.exit(f"error: --report-to {args.report_to} needs a package that is not installed: pip install {args.report_to}")
-    unfinished = (checkpoint_dir / "run.json").is_file()
-    finished = (output_dir / "training_run.json").is_file() and not unfinished
+    unfinished, finished = look_for_runs(output_dir, checkpoint_dir)
+    if is_main and checkpoint_dir.is_dir():
+        with sole_process_in(checkpoint_dir):
+            pass
     if is_main and not (args.resume or args.overwrite):
         if unfinished:
             sys.exit(f"error: {checkpoint_dir} holds an unfinished run: --resume goes on with it, --overwrite starts anew")
         if finished:
             sys.exit(f"error: {output_dir} holds a finished run: --overwrite replaces it, --resume keeps it, to --merge or upload it")
-    for folder, marks in ((output_dir, ["training_run.json"]), (checkpoint_dir, ["*run.json", "checkpoint-*"]),
+    for folder, marks in ((output_dir, ["training_run.json"]), (checkpoint_dir, ["*run.json*", "checkpoint-*"]),
                           (merged_dir, ["model*.safetensors"])):
         ours = folder.is_dir() and (not any(folder.iterdir()) or any(any(folder.glob(mark)) for mark in marks))
         if folder.exists() and not ours:
@@ -885,6 +982,9 @@ def main(argv=None):
             model, tokenizer, list(tag_pieces), training, validation, args, device, dtype, checkpoint_dir, num_processes
         )
         if is_main:
+            held.enter_context(sole_process_in(checkpoint_dir))
+            if look_for_runs(output_dir, checkpoint_dir) != (unfinished, finished):
+                sys.exit(f"error: {checkpoint_dir}: another process was at work there since this one started: run this again")
             checkpoint = open_checkpoint_dir(checkpoint_dir, description, args.resume)
             print(f"Model       {args.model}" + (f", commit {commit}" if commit else "")
                   + f", {str(dtype).removeprefix('torch.')} on {device}")
@@ -896,10 +996,8 @@ def main(argv=None):
         if not is_main:
             checkpoint = find_checkpoints(checkpoint_dir)[-1:] if args.resume else []
             checkpoint = checkpoint[0] if checkpoint else None
-        try:
+        with contextlib.closing(trainer.progress):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        finally:
-            trainer.progress.close_bar()
     except torch.OutOfMemoryError:
         sys.exit("error: out of GPU memory: go on with --resume and --activation-checkpointing or a smaller --batch-size, or start "
                  "anew with --overwrite and a smaller --max-length or --load-in-4bit")
@@ -911,6 +1009,8 @@ def main(argv=None):
     seconds = history[-1]["elapsed_seconds"]
     training_seconds = seconds - sum(entry.get("eval_runtime", 0.0) for entry in history)
     best_step = min(validations, key=validations.get)
+    if not Path(trainer.state.best_model_checkpoint).is_dir():
+        sys.exit(f"error: {trainer.state.best_model_checkpoint}, the best checkpoint, is gone: --overwrite starts anew")
     training_run = {
         **description,
         "model": args.model,
@@ -939,6 +1039,7 @@ def main(argv=None):
     }
     with new_folder(output_dir) as folder:
         save_adapter(trainer, tokenizer, folder, args, commit)
+        training_run["files_sha256"] = {path.name: sha256_of_file(path) for path in sorted(folder.iterdir())}
         plot_losses(history, folder / "loss.png", f"{model_name(args.model)}: LoRA on function calling")
         (folder / "README.md").write_text(model_card(args, commit, training_run), encoding="utf-8")
         write_json(folder / "training_run.json", training_run)
@@ -960,7 +1061,7 @@ def create_hub_repository(repo):
     try:
         HfApi().create_repo(repo, private=True, exist_ok=True)
     except (OSError, HTTPError, ValueError) as error:
-        sys.exit(f"error: --push-to-hub {repo}: {str(error).splitlines()[0]}: run `hf auth login` with a token that may write")
+        sys.exit(f"error: --push-to-hub {repo}: {first_line(error)}: run `hf auth login` with a token that may write")
 
 
 def exit_cleanly(main):
@@ -972,14 +1073,15 @@ def exit_cleanly(main):
         print("\ninterrupted: run the same command with --resume (in place of --overwrite) to go on from the last checkpoint",
               file=sys.stderr)
         sys.exit(130)
-    except OSError as error:
-        sys.exit(f"error: {error}")
     except Exception as error:
         # What safetensors and torch.save say of a full disk is no OSError.
-        if not re.search("os error|No space left|unexpected pos|PytorchStreamWriter", str(error)):
+        codes = "|".join(map(str, sorted(DISK_FULL)))
+        if getattr(error, "errno", None) in DISK_FULL or re.search(rf"os error ({codes})\b|unexpected pos|PytorchStreamWriter", str(error)):
+            sys.exit(f"error: a file could not be written ({first_line(error)}): make room on the disk, then run the same "
+                     "command with --resume (in place of --overwrite)")
+        if not isinstance(error, OSError):
             raise
-        sys.exit(f"error: a file could not be written ({str(error).splitlines()[0]}): make room on the disk, then run the same "
-                 "command with --resume (in place of --overwrite)")
+        sys.exit(f"error: {first_line(error)}")
 
 
 if __name__ == "__main__":

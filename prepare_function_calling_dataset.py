@@ -15,14 +15,17 @@ Beside the two splits stands dataset_info.json, which says where they came from 
 import argparse
 import ast
 import contextlib
+import errno
 import hashlib
 import importlib.metadata
 import json
 import os
 import re
 import shlex
+import shutil
 import sys
 import tempfile
+import warnings
 from array import array
 from collections import Counter
 from pathlib import Path
@@ -59,6 +62,7 @@ NOTHING_TO_SAY = "nothing for the model to say"
 BAD_UNICODE = "text is not valid Unicode"
 DROP_REASONS = [MISSING_TURN, UNKNOWN_ROLE, WRONG_ORDER, NOTHING_TO_SAY, BAD_UNICODE]
 
+DISK_FULL = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT}
 READ_SIZE = 1 << 20  # characters of a JSON array read at a time
 
 
@@ -195,10 +199,19 @@ def load_hub_rows(dataset, config, revision):
 
     where = f"dataset {dataset}" + (f", config {config}" if config else "") + (f", revision {revision}" if revision else "")
     print(f"Fetching    {where}")
-    huggingface_hub.logging.set_verbosity_error()  # it tries again by itself; what is left in the end is told below
+    # They try again by themselves; what is left in the end is told below.
+    huggingface_hub.logging.set_verbosity_error()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
     try:
         builder = datasets.load_dataset_builder(dataset, config, revision=revision)
-        builder.download_and_prepare()
+        try:
+            builder.download_and_prepare()
+        except datasets.exceptions.DatasetGenerationError:
+            remove_damaged_download(dataset, builder)
+            raise
+        remove_damaged_download(dataset, builder)
         rows = builder.as_dataset(split="train")
     except datasets.exceptions.DatasetNotFoundError as error:
         if "gated" in str(error):
@@ -211,9 +224,31 @@ def load_hub_rows(dataset, config, revision):
         offline = "OfflineModeIsEnabled" in str(error)
         reason = "HF_HUB_OFFLINE is set, and it is not in the cache" if offline else "the hub gave no answer"
         sys.exit(f"error: {where} could not be fetched ({reason}): check the network and HF_ENDPOINT, then run this again")
-    except (ValueError, KeyError, datasets.exceptions.DatasetsError) as error:
-        sys.exit(f"error: {where} could not be loaded: {str(error).splitlines()[0]}")
+    except (ValueError, KeyError, RuntimeError, OSError, datasets.exceptions.DatasetsError) as error:
+        cause = error.__cause__ or error
+        if getattr(cause, "errno", None) in DISK_FULL:
+            raise cause
+        sys.exit(f"error: {where} could not be loaded: {first_line(cause)}")
     return rows, builder.hash
+
+
+def remove_damaged_download(dataset, builder):
+    """End the program if a file in the cache is not the one the hub holds; the download is then taken out of the cache."""
+    from huggingface_hub import HfApi, scan_cache_dir
+
+    try:
+        damaged = HfApi().verify_repo_checksums(dataset, repo_type="dataset", revision=builder.hash).mismatches
+    except Exception:  # the hub says no more: what is broken shows when it is read
+        return
+    if damaged:
+        scan_cache_dir().delete_revisions(builder.hash).execute()
+        shutil.rmtree(builder.cache_dir, ignore_errors=True)
+        sys.exit(f"error: {dataset}: {damaged[0]['path']} was damaged on its way; it is removed from the cache: run this again")
+
+
+def first_line(error):
+    """What an exception says, in one line."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def parse_literal(text):
@@ -223,7 +258,8 @@ def parse_literal(text):
     except (ValueError, RecursionError):
         pass
     try:
-        return ast.literal_eval(text.strip())
+        with warnings.catch_warnings(action="ignore"):  # of odd escapes in a text
+            return ast.literal_eval(text.strip())
     except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
         raise ValueError("neither JSON nor a Python literal") from None
 
@@ -481,6 +517,8 @@ def main(argv=None):
         rows, resolved_revision = load_hub_rows(args.dataset, args.config, args.revision)
     is_new = not args.output_dir.exists()
     args.output_dir.mkdir(parents=True, exist_ok=True)
+    for leftover in args.output_dir.glob(".unfinished-*"):  # of a run that was killed
+        shutil.rmtree(leftover, ignore_errors=True)
     try:
         info = write_splits(rows, resolved_revision, args)
     finally:
@@ -524,10 +562,12 @@ def exit_cleanly(main):
     try:
         main()
     except KeyboardInterrupt:
-        print("\ninterrupted: nothing was written; run the same command again", file=sys.stderr)
+        print("\ninterrupted: run the same command again", file=sys.stderr)
         sys.exit(130)
     except OSError as error:
-        sys.exit(f"error: {error}")
+        if error.errno in DISK_FULL:
+            sys.exit(f"error: a file could not be written ({first_line(error)}): make room on the disk, then run the same command again")
+        sys.exit(f"error: {first_line(error)}")
 
 
 if __name__ == "__main__":

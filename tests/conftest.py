@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
@@ -144,6 +145,12 @@ def assert_fails_in_one_line(process, *words, code=1):
     assert len(lines) == 1 and lines[0].startswith("error: "), process.stderr
     for word in words:
         assert word in lines[0]
+
+
+def pytest_configure(config):
+    settings.register_profile("any machine", deadline=None)  # a busy machine is no failure
+    settings.load_profile("any machine")
+    config.addinivalue_line("markers", "slow: takes long; -m 'not slow' leaves it out")
 
 
 @pytest.fixture(scope="session")

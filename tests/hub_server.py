@@ -1,15 +1,32 @@
 """A hub on the loopback interface: enough of the Hugging Face hub's API for the libraries to load from it.
 
-HF_ENDPOINT points every library at it. A repository is a folder on disk; `state` makes it gated, absent or broken.
+HF_ENDPOINT points every library at it. A repository is a folder on disk; a state makes it gated, down, slow, or break off or
+damage what it sends.
 """
 
 import hashlib
 import json
+import socket
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+def is_large(path):
+    """Whether the hub would keep a file outside git and know it by its sha256."""
+    return path.suffix == ".safetensors"
+
+
+def sha256(path):
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def git_hash(path):
+    content = path.read_bytes()
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
 class Hub:
@@ -76,6 +93,8 @@ class Hub:
                 "authorized list. Visit the page to ask for access."})
         if state == "down":
             return self.send(request, 503, b"down")
+        if state == "slow":
+            time.sleep(2)
         if repo not in self.repos:
             return self.send(request, 401, {"error": "Repository not found"}, {"X-Error-Code": "RepoNotFound"})
         folder = self.repos[repo]
@@ -90,7 +109,8 @@ class Hub:
             })
         if is_api and rest[0] == "tree":
             return self.send(request, 200, [
-                {"type": "file", "path": name, "size": path.stat().st_size, "oid": hashlib.sha1(path.read_bytes()).hexdigest()}
+                {"type": "file", "path": name, "size": path.stat().st_size, "oid": git_hash(path),
+                 **({"lfs": {"oid": sha256(path), "size": path.stat().st_size, "pointerSize": 130}} if is_large(path) else {})}
                 for name, path in files.items()
             ])
         if not is_api and rest[0] == "resolve":
@@ -98,7 +118,12 @@ class Hub:
             if name not in files:
                 return self.send(request, 404, b"", {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": COMMIT})
             content = files[name].read_bytes()
-            headers = {"ETag": f'"{hashlib.sha1(content).hexdigest()}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
+            headers = {"ETag": f'"{(sha256 if is_large(files[name]) else git_hash)(files[name])}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
+            if state == "damaged":  # as many bytes, but others
+                content = content[:-100] + bytes(255 - byte for byte in content[-100:])
+            if state == "cut" and request.command == "GET" and len(content) > 1000:
+                self.send(request, 200, content[:len(content) // 2], {**headers, "Content-Length": len(content)})
+                return request.connection.shutdown(socket.SHUT_RDWR)
             start = 0
             if request.headers.get("Range", "").startswith("bytes="):
                 start = int(request.headers["Range"][len("bytes="):].split("-")[0])

@@ -270,7 +270,10 @@ def test_a_prompt_too_long_for_the_model_is_a_counted_failure(tmp_path, splits):
     evaluate(tmp_path, short, splits, "--baseline")
     results = tmp_path / "evaluation_results" / "short-gemma" / "base"
     predictions = read_lines(results / "predictions.jsonl")
-    too_long = [p for p in predictions if p["prompt_tokens"] > 220 - 60]
+    tokenizer = AutoTokenizer.from_pretrained(short)
+    lengths = {(query["conversation_id"], query["turn"]): len(evaluation.encode_prompt(query["prompt"], tokenizer, True))
+               for query in evaluation.read_queries(splits / "function_calling_test.jsonl")}
+    too_long = [p for p in predictions if lengths[p["conversation_id"], p["turn"]] > 220 - 60]
     assert 0 < len(too_long) < len(predictions)
     assert all(p["finish_reason"] == "prompt_too_long" and p["output"] == "" and p["score"] == 0 for p in too_long)
     metrics = json.loads((results / "metrics.json").read_text())
