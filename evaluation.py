@@ -583,6 +583,12 @@ def first_line(error):
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
+def is_disk_full(error):
+    """Whether an exception says that there is no room left: what the hub's library raises is not always an OSError."""
+    codes = {getattr(error, "errno", None), getattr(error.__cause__, "errno", None)}
+    return bool(codes & DISK_FULL or re.search(rf"os error ({'|'.join(map(str, sorted(DISK_FULL)))})\b", str(error)))
+
+
 def find_model(model, revision, with_weights=True):
     """Return (folder, commit) of a Gemma 3 text model: a local folder (commit None), or a hub id, which is downloaded."""
     folder, commit = Path(model).expanduser(), None
@@ -622,12 +628,10 @@ def download_model(model, revision, patterns):
     except RevisionNotFoundError:
         sys.exit(f"error: {model} has no revision {revision}: check --revision")
     except (OSError, HTTPError, ValueError, RuntimeError) as error:  # RuntimeError: of its Xet transfers
-        if getattr(error, "errno", None) in DISK_FULL:
-            raise
-        reason = first_line(error.__cause__ or error)
-        sys.exit(f"error: {model} could not be downloaded ({reason}): check the network and HF_ENDPOINT, then run this again")
-    if any(path.stat().st_mtime >= started for path in folder.iterdir()):  # fetched just now
-        remove_damaged_download(model, folder.name)
+        advice = "make room on the disk" if is_disk_full(error) else "check the network and HF_ENDPOINT"
+        sys.exit(f"error: {model} could not be downloaded ({first_line(error.__cause__ or error)}): {advice}, then run this again")
+    if any(path.stat().st_mtime >= started for path in folder.iterdir() if path.exists()):  # fetched just now
+        check_download(model, folder.name)
     return folder
 
 
@@ -640,17 +644,19 @@ def be_quiet_about_downloads():
         huggingface_hub.utils.disable_progress_bars()
 
 
-def remove_damaged_download(model, commit):
-    """End the program if a file in the cache is not the one the hub holds; the download is then taken out of the cache."""
-    from huggingface_hub import HfApi, scan_cache_dir
+def check_download(model, commit):
+    """End the program if a file in the cache is not the one the hub holds; it is taken out of the cache."""
+    from huggingface_hub import HfApi
 
     try:
-        damaged = HfApi().verify_repo_checksums(model, revision=commit).mismatches
+        checked = HfApi().verify_repo_checksums(model, revision=commit)
     except Exception:  # the hub says no more: what is broken shows when it is read
         return
+    damaged = [mismatch["path"] for mismatch in checked.mismatches]
+    for name in damaged:
+        (checked.verified_path / name).resolve().unlink(missing_ok=True)
     if damaged:
-        scan_cache_dir().delete_revisions(commit).execute()
-        sys.exit(f"error: {model}: {damaged[0]['path']} was damaged on its way; it is removed from the cache: run this again")
+        sys.exit(f"error: {model}: {damaged[0]} is not the file the hub holds; it is removed from the cache: run this again")
 
 
 def hash_local_weights(folder, commit):
@@ -685,13 +691,13 @@ def check_adapter(adapter_dir, model):
     try:
         run = json.loads((adapter_dir / "training_run.json").read_text(encoding="utf-8"))
         trained_on, trained_name = run["model"], model_name(run["model"])
-        as_trained = dict(run["files_sha256"])
+        as_trained = dict(run.get("files_sha256", {}))  # older adapters have none
     except (ValueError, KeyError, TypeError, RecursionError):
         sys.exit(f"error: {adapter_dir / 'training_run.json'} cannot be read: run function_calling_train.py again")
     if trained_name != model_name(model):
         sys.exit(f"error: the adapter in {adapter_dir} was trained on {trained_on}, not on {model}: give --model {trained_on}")
     for name in ADAPTER_FILES[:-1]:
-        if sha256_of_file(adapter_dir / name) != as_trained.get(name):
+        if name in as_trained and sha256_of_file(adapter_dir / name) != as_trained[name]:
             sys.exit(f"error: {adapter_dir / name} is not as training left it: restore it, or run function_calling_train.py again")
     return run
 
@@ -1010,7 +1016,7 @@ def load_base(base_dir, facts, queries):
 
     They must be finished, and of the same test split, base model and output length; a note says why they are left out.
     """
-    if not base_dir.is_dir():
+    if not base_dir.is_dir() or not any(base_dir.iterdir()):
         return None
     try:
         base = dict(json.loads((base_dir / "metrics.json").read_text(encoding="utf-8"))["run"])
@@ -1287,7 +1293,9 @@ def run(args, held):
             model = load_model(model_dir, adapter_dir, device, dtype)
             with open_partial(partial_path, identity, predictions) as partial:
                 for batch in answer_queries(remaining, model, tokenizer, scorer, args):
-                    partial.write("".join(json.dumps(prediction, ensure_ascii=False) + "\n" for prediction in batch).encode())
+                    lines = "".join(json.dumps(prediction, ensure_ascii=False) + "\n" for prediction in batch).encode()
+                    if partial.write(lines) < len(lines):
+                        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(partial_path))
                     os.fsync(partial.fileno())
                     predictions += batch
         except torch.OutOfMemoryError:
@@ -1372,9 +1380,9 @@ def exit_cleanly(main):
         print("\ninterrupted: run the same command with --resume (in place of --overwrite) to go on", file=sys.stderr)
         sys.exit(130)
     except OSError as error:
-        if error.errno in DISK_FULL:
-            sys.exit(f"error: a file could not be written ({first_line(error)}): make room on the disk, then run the same command "
-                     "with --resume (in place of --overwrite)")
+        if is_disk_full(error):
+            sys.exit(f"error: a file could not be written ({first_line(error)}): make room on the disk, then run the same command; "
+                     "what was answered is kept with --resume in place of --overwrite")
         sys.exit(f"error: {first_line(error)}")
 
 

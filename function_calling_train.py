@@ -164,6 +164,13 @@ def first_line(error):
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
+def is_disk_full(error):
+    """Whether an exception says that there is no room left: what safetensors and torch.save raise is no OSError."""
+    codes = {getattr(error, "errno", None), getattr(error.__cause__, "errno", None)}
+    numbers = "|".join(map(str, sorted(DISK_FULL)))
+    return bool(codes & DISK_FULL or re.search(rf"os error ({numbers})\b|unexpected pos|PytorchStreamWriter", str(error)))
+
+
 def find_model(model, revision):
     """Return (folder, commit) of a Gemma 3 text model: a local folder (commit None), or a hub id, which is downloaded."""
     folder, commit = Path(model).expanduser(), None
@@ -203,12 +210,10 @@ def download_model(model, revision):
     except RevisionNotFoundError:
         sys.exit(f"error: {model} has no revision {revision}: check --revision")
     except (OSError, HTTPError, ValueError, RuntimeError) as error:  # RuntimeError: of its Xet transfers
-        if getattr(error, "errno", None) in DISK_FULL:
-            raise
-        reason = first_line(error.__cause__ or error)
-        sys.exit(f"error: {model} could not be downloaded ({reason}): check the network and HF_ENDPOINT, then run this again")
-    if any(path.stat().st_mtime >= started for path in folder.iterdir()):  # fetched just now
-        remove_damaged_download(model, folder.name)
+        advice = "make room on the disk" if is_disk_full(error) else "check the network and HF_ENDPOINT"
+        sys.exit(f"error: {model} could not be downloaded ({first_line(error.__cause__ or error)}): {advice}, then run this again")
+    if any(path.stat().st_mtime >= started for path in folder.iterdir() if path.exists()):  # fetched just now
+        check_download(model, folder.name)
     return folder
 
 
@@ -221,17 +226,19 @@ def be_quiet_about_downloads():
         huggingface_hub.utils.disable_progress_bars()
 
 
-def remove_damaged_download(model, commit):
-    """End the program if a file in the cache is not the one the hub holds; the download is then taken out of the cache."""
-    from huggingface_hub import HfApi, scan_cache_dir
+def check_download(model, commit):
+    """End the program if a file in the cache is not the one the hub holds; it is taken out of the cache."""
+    from huggingface_hub import HfApi
 
     try:
-        damaged = HfApi().verify_repo_checksums(model, revision=commit).mismatches
+        checked = HfApi().verify_repo_checksums(model, revision=commit)
     except Exception:  # the hub says no more: what is broken shows when it is read
         return
+    damaged = [mismatch["path"] for mismatch in checked.mismatches]
+    for name in damaged:
+        (checked.verified_path / name).resolve().unlink(missing_ok=True)
     if damaged:
-        scan_cache_dir().delete_revisions(commit).execute()
-        sys.exit(f"error: {model}: {damaged[0]['path']} was damaged on its way; it is removed from the cache: run this again")
+        sys.exit(f"error: {model}: {damaged[0]} is not the file the hub holds; it is removed from the cache: run this again")
 
 
 def hash_local_weights(folder, commit):
@@ -536,6 +543,10 @@ def build_trainer(model, tokenizer, tag_ids, training, validation, args, device,
             if self.bar is not None:
                 self.bar.set_postfix({**self.losses, "validating": self.num_validated})
 
+        def on_save(self, args, state, control, **kwargs):
+            if state.is_world_process_zero:
+                sync_files(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+
         def on_log(self, args, state, control, logs=None, **kwargs):
             entry = state.log_history[-1]
             entry["elapsed_seconds"] = self.seconds_before + time.monotonic() - self.start
@@ -621,6 +632,10 @@ def build_trainer(model, tokenizer, tag_ids, training, validation, args, device,
     return trainer
 
 
+def all_checkpoints(checkpoint_dir):
+    return [folder for folder in checkpoint_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", folder.name)]
+
+
 def find_checkpoints(checkpoint_dir):
     """The whole checkpoints in a folder, oldest first; one that a kill, a power cut or a full disk cut short is not among them."""
     import torch
@@ -629,14 +644,13 @@ def find_checkpoints(checkpoint_dir):
     from transformers.trainer_pt_utils import safe_globals
 
     found = []
-    for folder in checkpoint_dir.glob("checkpoint-*"):
-        if not re.fullmatch(r"checkpoint-\d+", folder.name):
-            continue
+    for folder in all_checkpoints(checkpoint_dir):
         try:
             state = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
             load_file(folder / "adapter_model.safetensors")
+            random_states = list(folder.glob("rng_state*.pth"))
             with safe_globals():
-                for path in (folder / "optimizer.pt", folder / "scheduler.pt", *folder.glob("rng_state*.pth")):
+                for path in (folder / "optimizer.pt", folder / "scheduler.pt", *(random_states or [folder / "rng_state.pth"])):
                     torch.load(path, map_location="cpu", weights_only=True)
             found.append((int(state["global_step"]), folder))
         except (FileNotFoundError, ValueError, KeyError, TypeError, EOFError, RuntimeError, SafetensorError, pickle.UnpicklingError):
@@ -706,19 +720,24 @@ def open_checkpoint_dir(checkpoint_dir, description, resume):
     if resume and (checkpoint_dir / "run.json").is_file():
         refuse_other_run(checkpoint_dir / "run.json", description)
         whole = find_checkpoints(checkpoint_dir)
-        damaged = [folder for folder in checkpoint_dir.glob("checkpoint-*") if folder.is_dir() and folder not in whole]
-        if whole:
-            # The library notes the best checkpoint by its path, which may have been given from another working directory.
-            state_path = whole[-1] / "trainer_state.json"
-            state = json.loads(state_path.read_text(encoding="utf-8"))
-            if state.get("best_model_checkpoint"):
-                best = checkpoint_dir / Path(state["best_model_checkpoint"]).name
-                if best not in whole and not damaged:  # the step of a damaged one, which was better, is to be done again
-                    sys.exit(f"error: {best}, the best checkpoint so far, is missing: --overwrite starts anew")
-                write_json(state_path, {**state, "best_model_checkpoint": str(best)})
-        for folder in damaged:
-            shutil.rmtree(folder)
-        return whole[-1] if whole else None
+        for folder in set(all_checkpoints(checkpoint_dir)) - set(whole):
+            print(f"note: {folder} is not whole and is passed over; it is kept as damaged-{folder.name}")
+            shutil.rmtree(folder.with_name(f"damaged-{folder.name}"), ignore_errors=True)
+            folder.rename(folder.with_name(f"damaged-{folder.name}"))
+        if not whole:
+            return None
+        # The library notes the best checkpoint by its path, which may have been given from another working directory. If it is
+        # no more, the best of those that are takes its place.
+        state_path = whole[-1] / "trainer_state.json"
+        state = json.loads(state_path.read_text(encoding="utf-8"))
+        losses = {entry["step"]: entry["eval_loss"] for entry in state["log_history"] if "eval_loss" in entry}
+        step_of = {folder: int(folder.name.removeprefix("checkpoint-")) for folder in whole}
+        best = checkpoint_dir / Path(state.get("best_model_checkpoint") or "").name
+        if best not in whole:
+            best = min((folder for folder in whole if step_of[folder] in losses), key=lambda folder: losses[step_of[folder]])
+        write_json(state_path, {**state, "best_model_checkpoint": str(best), "best_global_step": step_of[best],
+                                "best_metric": losses[step_of[best]]})
+        return whole[-1]
     for path in checkpoint_dir.iterdir():  # the folder itself stays, and with it the lock on it
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
     write_json(checkpoint_dir / "run.json", description)
@@ -739,6 +758,13 @@ def write_json(path, content):
     os.replace(unfinished, path)
 
 
+def sync_files(folder):
+    """Bring the files of a folder onto the disk, where a power cut cannot take them back."""
+    for path in folder.iterdir():
+        with open(path, "r+b") as file:
+            os.fsync(file.fileno())
+
+
 @contextlib.contextmanager
 def new_folder(path):
     """A folder to fill, which takes the place of `path` once it is complete."""
@@ -748,9 +774,7 @@ def new_folder(path):
     unfinished.mkdir(parents=True)
     try:
         yield unfinished
-        for file in unfinished.iterdir():
-            with open(file, "rb") as written:
-                os.fsync(written.fileno())
+        sync_files(unfinished)
         if path.exists():
             os.replace(path, old)
         os.replace(unfinished, path)
@@ -1008,9 +1032,7 @@ def run(args, held):
     validations = {entry["step"]: entry["eval_loss"] for entry in history if "eval_loss" in entry}
     seconds = history[-1]["elapsed_seconds"]
     training_seconds = seconds - sum(entry.get("eval_runtime", 0.0) for entry in history)
-    best_step = min(validations, key=validations.get)
-    if not Path(trainer.state.best_model_checkpoint).is_dir():
-        sys.exit(f"error: {trainer.state.best_model_checkpoint}, the best checkpoint, is gone: --overwrite starts anew")
+    best_step = trainer.state.best_global_step
     training_run = {
         **description,
         "model": args.model,
@@ -1074,9 +1096,7 @@ def exit_cleanly(main):
               file=sys.stderr)
         sys.exit(130)
     except Exception as error:
-        # What safetensors and torch.save say of a full disk is no OSError.
-        codes = "|".join(map(str, sorted(DISK_FULL)))
-        if getattr(error, "errno", None) in DISK_FULL or re.search(rf"os error ({codes})\b|unexpected pos|PytorchStreamWriter", str(error)):
+        if is_disk_full(error):
             sys.exit(f"error: a file could not be written ({first_line(error)}): make room on the disk, then run the same "
                      "command with --resume (in place of --overwrite)")
         if not isinstance(error, OSError):

@@ -206,12 +206,8 @@ def load_hub_rows(dataset, config, revision):
         datasets.disable_progress_bars()
     try:
         builder = datasets.load_dataset_builder(dataset, config, revision=revision)
-        try:
-            builder.download_and_prepare()
-        except datasets.exceptions.DatasetGenerationError:
-            remove_damaged_download(dataset, builder)
-            raise
-        remove_damaged_download(dataset, builder)
+        builder.download_and_prepare()
+        check_download(dataset, builder.hash, builder.cache_dir)
         rows = builder.as_dataset(split="train")
     except datasets.exceptions.DatasetNotFoundError as error:
         if "gated" in str(error):
@@ -228,22 +224,26 @@ def load_hub_rows(dataset, config, revision):
         cause = error.__cause__ or error
         if getattr(cause, "errno", None) in DISK_FULL:
             raise cause
+        check_download(dataset, revision)
         sys.exit(f"error: {where} could not be loaded: {first_line(cause)}")
     return rows, builder.hash
 
 
-def remove_damaged_download(dataset, builder):
-    """End the program if a file in the cache is not the one the hub holds; the download is then taken out of the cache."""
-    from huggingface_hub import HfApi, scan_cache_dir
+def check_download(dataset, revision, made_from_it=None):
+    """End the program if a file in the cache is not the one the hub holds; it, and what was made from it, is removed."""
+    from huggingface_hub import HfApi
 
     try:
-        damaged = HfApi().verify_repo_checksums(dataset, repo_type="dataset", revision=builder.hash).mismatches
+        checked = HfApi().verify_repo_checksums(dataset, repo_type="dataset", revision=revision)
     except Exception:  # the hub says no more: what is broken shows when it is read
         return
+    damaged = [mismatch["path"] for mismatch in checked.mismatches]
+    for name in damaged:
+        (checked.verified_path / name).resolve().unlink(missing_ok=True)
     if damaged:
-        scan_cache_dir().delete_revisions(builder.hash).execute()
-        shutil.rmtree(builder.cache_dir, ignore_errors=True)
-        sys.exit(f"error: {dataset}: {damaged[0]['path']} was damaged on its way; it is removed from the cache: run this again")
+        if made_from_it:
+            shutil.rmtree(made_from_it, ignore_errors=True)
+        sys.exit(f"error: {dataset}: {damaged[0]} is not the file the hub holds; it is removed from the cache: run this again")
 
 
 def first_line(error):
@@ -516,10 +516,8 @@ def main(argv=None):
     else:
         rows, resolved_revision = load_hub_rows(args.dataset, args.config, args.revision)
     is_new = not args.output_dir.exists()
-    args.output_dir.mkdir(parents=True, exist_ok=True)
-    for leftover in args.output_dir.glob(".unfinished-*"):  # of a run that was killed
-        shutil.rmtree(leftover, ignore_errors=True)
     try:
+        args.output_dir.mkdir(parents=True, exist_ok=True)
         info = write_splits(rows, resolved_revision, args)
     finally:
         if is_new:

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The whole workflow on the sample, from a fresh clone: some six minutes on two CPU cores besides installing, no GPU, no account.
+# The whole workflow on the sample, from a fresh clone: some five minutes on two CPU cores besides installing, no GPU, no account.
 #
 #   bash sample/run.sh              # anew
 #   bash sample/run.sh --resume     # go on where it was interrupted (with the same other arguments)

@@ -7,12 +7,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models: one thread is fastest, and bit for bit the same
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the same bytes twice are a promise on CPUs only
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing in a test reaches out; tests of the hub path set HF_ENDPOINT to a loopback server
 
@@ -148,7 +149,7 @@ def assert_fails_in_one_line(process, *words, code=1):
 
 
 def pytest_configure(config):
-    settings.register_profile("any machine", deadline=None)  # a busy machine is no failure
+    settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])  # busy is no failure
     settings.load_profile("any machine")
     config.addinivalue_line("markers", "slow: takes long; -m 'not slow' leaves it out")
 

@@ -94,7 +94,7 @@ class Hub:
         if state == "down":
             return self.send(request, 503, b"down")
         if state == "slow":
-            time.sleep(2)
+            time.sleep(0.5)
         if repo not in self.repos:
             return self.send(request, 401, {"error": "Repository not found"}, {"X-Error-Code": "RepoNotFound"})
         folder = self.repos[repo]

@@ -236,11 +236,27 @@ def test_a_checkpoint_that_was_cut_short_is_passed_over_for_the_one_before(comma
     content = (last / name).read_bytes()
     (last / name).write_bytes(content[:len(content) // 2])
     (checkpoints / "checkpoint-notes.txt").write_text("mine")
+    (checkpoints / "checkpoint-4-copy").mkdir()
     assert train.find_checkpoints(checkpoints) == [earlier]
     monkeypatch.chdir(folder)
     train.main([*map(str, commands[TRAIN]), "--resume"])
     assert same_files(folder, undisturbed[0], MADE_BY[TRAIN])
-    assert (checkpoints / "checkpoint-notes.txt").read_text() == "mine"
+    assert (checkpoints / "checkpoint-notes.txt").read_text() == "mine" and (checkpoints / "checkpoint-4-copy").is_dir()
+
+
+def test_without_the_best_checkpoint_a_run_goes_on_with_the_best_there_is(commands, undisturbed, tmp_path, monkeypatch):
+    folder = copy_of(undisturbed[0], ["processed_data", f"{ADAPTER}-checkpoints"], tmp_path)
+    checkpoints = folder / f"{ADAPTER}-checkpoints"
+    (checkpoints / "finished_run.json").rename(checkpoints / "run.json")
+    _, last = train.find_checkpoints(checkpoints)
+    state_path = last / "trainer_state.json"
+    state = json.loads(state_path.read_text())
+    state_path.write_text(json.dumps({**state, "best_model_checkpoint": "elsewhere/checkpoint-1", "best_metric": 0.0, "best_global_step": 1}))
+    monkeypatch.chdir(folder)
+    train.main([*map(str, commands[TRAIN]), "--resume"])
+    run = json.loads((folder / ADAPTER / "training_run.json").read_text())
+    assert run["best_validation_loss"] == run["validation_losses"][str(run["best_step"])] > 0
+    assert same_files(folder, undisturbed[0], MADE_BY[TRAIN])  # the undisturbed run kept its last checkpoint, the best
 
 
 @pytest.mark.parametrize("script, change, words", [
@@ -288,7 +304,7 @@ def test_an_unfinished_run_goes_on_with_nothing_but_its_own(commands, undisturbe
 
 def run_with_file_limit(script, arguments, limit, cwd):
     """Run a script that may write no file longer than `limit` bytes, as on a full disk."""
-    code = (f"import resource, runpy, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+    code = (f"import resource, runpy, signal, sys; sys.dont_write_bytecode = True; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
             f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit})); sys.argv = {[script, *map(str, arguments)]!r}; "
             f"runpy.run_path({str(ROOT / script)!r}, run_name='__main__')")
     return subprocess.run([sys.executable, "-c", code], cwd=cwd, capture_output=True, text=True)
@@ -345,7 +361,7 @@ def test_a_hub_in_trouble_ends_in_one_line_and_a_second_try_works(hub, commands,
     if state == "slow":
         assert process.returncode == 0, process.stderr
     else:
-        words = "was damaged on its way; it is removed from the cache" if state == "damaged" else "could not be"
+        words = "is not the file the hub holds; it is removed from the cache" if state == "damaged" else "could not be"
         assert_fails_in_one_line(process, repo[1], words, "run this again")
         assert not list(folder.glob(f"{ADAPTER}-checkpoints")) and not list(folder.glob("evaluation_results"))
         del hub.states[repo]
@@ -421,9 +437,10 @@ def nest(inner):
     return st.lists(inner, max_size=4) | st.dictionaries(st.sampled_from(["id", "conversations", "tools", "from", "value"]), inner)
 
 
+text = st.text(st.characters(exclude_categories=()))  # lone surrogates too
 roles = st.sampled_from(["human", "gpt", "tool", "system"])
-anything = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text() | roles, nest, max_leaves=30)
-likely_turn = st.fixed_dictionaries({"from": roles | anything, "value": st.text() | anything})
+anything = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | text | roles, nest, max_leaves=30)
+likely_turn = st.fixed_dictionaries({"from": roles | anything, "value": text | anything})
 likely_row = st.fixed_dictionaries({"conversations": st.lists(likely_turn, max_size=6), "tools": anything})
 
 
