@@ -62,11 +62,21 @@ def with_loss_on_all_tokens(train, evaluation):
 
 
 def with_tags_as_plain_text(train, evaluation):
-    """The tags stay the several tokens that the stock tokenizer makes of them."""
-    lora_config = train.lora_config
-    train.claim_unused_slots = lambda tokenizer: (tokenizer, {})
+    """The tags stay the several tokens that the stock tokenizer makes of them.
+
+    The rows of these are trained as the tags' own rows are otherwise: the sample's model has never seen a "<", so that with
+    frozen rows it could not write one, which Gemma can.
+    """
+    lora_config, pieces = train.lora_config, set()
+
+    def keep_the_stock_tokenizer(tokenizer):
+        for tag in train.TAGS:
+            pieces.update(tokenizer.encode(tag, add_special_tokens=False))
+        return tokenizer, {}
+
+    train.claim_unused_slots = keep_the_stock_tokenizer
     train.start_tag_rows = lambda model, tag_pieces: None
-    train.lora_config = lambda args, tag_ids: lora_config(args, None)
+    train.lora_config = lambda args, tag_ids: lora_config(args, sorted(pieces))
     return []
 
 

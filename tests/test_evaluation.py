@@ -305,7 +305,7 @@ def test_an_adapter_that_is_not_whole_or_not_as_trained_is_refused(tiny_model, t
     assert evaluation.check_adapter(adapter, str(tiny_model))["model"] == str(tiny_model)
     if name == "chat_template.jinja":
         (adapter / name).write_text((adapter / name).read_text() + " ")
-        message = "not the template the adapter was trained with"
+        message = "is not as training left it"
     else:  # a pickle is never read in its place
         (adapter / name).rename(adapter / "adapter_model.bin")
         message = "not found"

@@ -217,7 +217,6 @@ def test_a_variant_of_the_ablation_trains_what_it_names_and_serves_what_it_train
                      if any(part in key and weight.abs().max() > 0 for key, weight in weights.items() if "lora_A" not in key)}
     assert trained_parts == {
         "published LoRA placement": {"q_proj", "lm_head.lora", "embed_tokens.lora"},
-        "tags as plain text": {"q_proj"},
     }.get(variant, {"q_proj", "token_adapter.trainable_tokens"})
     tokens = AutoTokenizer.from_pretrained(adapter).encode("<tool_call>")
     assert (len(tokens) > 2) == (variant == "tags as plain text")
