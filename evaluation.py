@@ -1239,6 +1239,9 @@ def run(args, held):
     if results_dir.is_dir():
         with sole_process_in(results_dir):
             pass
+    if not finished and not partial_path.exists() and (results_dir / "predictions.jsonl").exists() and not args.overwrite:
+        sys.exit(f"error: {results_dir} holds predictions, but no metrics.json that says what they are of: score a copy of them with "
+                 "--predictions FILE, or --overwrite them")
     if finished and not (args.resume or args.overwrite):
         sys.exit(f"error: {results_dir} holds a finished evaluation: --overwrite replaces it, --rescore scores it again")
     is_local = Path(args.model).expanduser().is_dir()
@@ -1328,7 +1331,8 @@ def read_run(results_dir):
     try:
         return dict(json.loads(path.read_text(encoding="utf-8"))["run"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        sys.exit(f"error: {path} is missing or cannot be read: run evaluation.py with --overwrite to make it anew")
+        sys.exit(f"error: {path} is missing or cannot be read: score a copy of predictions.jsonl with --predictions FILE, or make both "
+                 "anew with --overwrite")
 
 
 def rescore(args, results_dir, label, name, queries, test_sha256):
@@ -1345,6 +1349,10 @@ def rescore(args, results_dir, label, name, queries, test_sha256):
     else:
         predictions = read_predictions(results_dir / "predictions.jsonl", queries)
         facts = read_run(results_dir)
+        num_scored = json.loads((results_dir / "metrics.json").read_text(encoding="utf-8")).get("queries", 0)
+        if len(predictions) < num_scored:
+            sys.exit(f"error: {results_dir / 'predictions.jsonl'} holds {len(predictions):,} predictions, metrics.json is of "
+                     f"{num_scored:,}: restore it, or make both anew with --overwrite")
         if facts.get("test_split_sha256") != test_sha256:
             sys.exit(f"error: {results_dir} was made with another test split than {args.test_file}: give its --test-file")
     # A score of their own would be of other tokens; those in an evaluation's own file are right, unless they are gone.

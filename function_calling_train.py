@@ -712,6 +712,14 @@ def refuse_other_run(path, description):
         sys.exit(f"error: {path.parent} belongs to another run ({', '.join(changes)}): repeat its arguments, or --overwrite it")
 
 
+def check_files(output_dir):
+    """End the program if a file of a finished adapter is not as the training left it."""
+    run = json.loads((output_dir / "training_run.json").read_text(encoding="utf-8"))
+    for name, sha256 in run.get("files_sha256", {}).items():
+        if not (output_dir / name).is_file() or sha256_of_file(output_dir / name) != sha256:
+            sys.exit(f"error: {output_dir / name} is not as training left it: restore it, or train again with --overwrite")
+
+
 def open_checkpoint_dir(checkpoint_dir, description, resume):
     """Make the checkpoint folder ready for this run; return the checkpoint to go on from, or None.
 
@@ -980,6 +988,7 @@ def run(args, held):
     description = describe_run(args, commit, hash_local_weights(model_dir, commit), split_sha256)
     if finished and args.resume:
         refuse_other_run(output_dir / "training_run.json", description)
+        check_files(output_dir)
         if is_main:
             print(f"Finished    {output_dir} is complete; nothing is left to train")
             if args.push_to_hub:
@@ -1061,6 +1070,7 @@ def run(args, held):
     }
     with new_folder(output_dir) as folder:
         save_adapter(trainer, tokenizer, folder, args, commit)
+        (folder / "README.md").unlink()  # PEFT's own
         training_run["files_sha256"] = {path.name: sha256_of_file(path) for path in sorted(folder.iterdir())}
         plot_losses(history, folder / "loss.png", f"{model_name(args.model)}: LoRA on function calling")
         (folder / "README.md").write_text(model_card(args, commit, training_run), encoding="utf-8")

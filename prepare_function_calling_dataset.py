@@ -498,6 +498,9 @@ def write_splits(rows, resolved_revision, args):
             }
             text = json.dumps(info, indent=2, ensure_ascii=False) + "\n"
             (staging / "dataset_info.json").write_text(text, encoding="utf-8", errors="surrogateescape")
+            for name in (TRAIN_FILE, TEST_FILE, "dataset_info.json"):  # before the first is replaced
+                if (args.output_dir / name).is_dir():
+                    sys.exit(f"error: {args.output_dir / name} is a folder: move it, or choose another --output-dir")
             for name in (TRAIN_FILE, TEST_FILE, "dataset_info.json"):
                 os.replace(staging / name, args.output_dir / name)
     return info

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The whole workflow on the sample, from a fresh clone: some five minutes on two CPU cores besides installing, no GPU, no account.
 #
-#   bash sample/run.sh              # anew
+#   bash sample/run.sh              # anew; replaces the results in sample/run/
 #   bash sample/run.sh --resume     # go on where it was interrupted (with the same other arguments)
 #
 # Other arguments go to the training, such as --seed 43.

@@ -297,6 +297,49 @@ def test_an_unfinished_run_goes_on_with_nothing_but_its_own(commands, undisturbe
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 
 
+@pytest.mark.parametrize("damage", ["predictions cut", "no metrics"])
+@pytest.mark.parametrize("flag", [None, "--resume", "--rescore"])
+def test_answers_are_not_lost_with_what_lies_beside_them(commands, undisturbed, tmp_path, monkeypatch, damage, flag):
+    folder = copy_of(undisturbed[0], ["processed_data", ADAPTER, "evaluation_results"], tmp_path)
+    predictions = folder / RESULTS / "predictions.jsonl"
+    if damage == "no metrics":
+        (folder / RESULTS / "metrics.json").unlink()
+    else:
+        predictions.write_text("".join(predictions.read_text().splitlines(keepends=True)[:3]))
+    before = predictions.read_bytes()
+    monkeypatch.chdir(folder)
+    arguments = [*map(str, commands[EVALUATE]), *([flag] if flag else [])]
+    if damage == "predictions cut" and flag == "--resume":
+        evaluation.main(arguments)  # it is finished, by its metrics: nothing is asked nor written
+    else:
+        with pytest.raises(SystemExit, match="--overwrite"):
+            evaluation.main(arguments)
+    assert predictions.read_bytes() == before
+
+
+@pytest.mark.parametrize("damage", ["changed", "absent"])
+def test_a_finished_adapter_that_was_damaged_is_not_merged(commands, undisturbed, tmp_path, monkeypatch, damage):
+    folder = copy_of(undisturbed[0], ["processed_data", ADAPTER, f"{ADAPTER}-checkpoints"], tmp_path)
+    path = folder / ADAPTER / "adapter_model.safetensors"
+    content = path.read_bytes()
+    path.unlink() if damage == "absent" else path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    monkeypatch.chdir(folder)
+    with pytest.raises(SystemExit, match="adapter_model.safetensors is not as training left it"):
+        train.main([*map(str, commands[TRAIN]), "--resume", "--merge"])
+    assert not (folder / f"{ADAPTER}-merged").exists()
+
+
+@pytest.mark.parametrize("name", [prepare.TEST_FILE, "dataset_info.json"])
+def test_a_folder_in_the_way_of_a_split_leaves_the_others_as_they_were(rows, tmp_path, name):
+    prepare.main(["--dataset", str(rows), "--output-dir", str(tmp_path)])
+    before = (tmp_path / prepare.TRAIN_FILE).read_bytes()
+    (tmp_path / name).unlink()
+    (tmp_path / name / "thesis").mkdir(parents=True)
+    with pytest.raises(SystemExit, match=f"{name} is a folder"):
+        prepare.main(["--dataset", str(rows), "--output-dir", str(tmp_path), "--seed", "7"])
+    assert (tmp_path / prepare.TRAIN_FILE).read_bytes() == before
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # The disk
 
