@@ -10,6 +10,8 @@ from hub_server import COMMIT, Hub
 
 DATASET = ("datasets", "NousResearch/hermes-function-calling-v1")
 MODEL = ("models", "google/gemma-3-1b-it")
+pytestmark = pytest.mark.slow
+
 PREPARE, TRAIN, EVALUATE = "prepare_function_calling_dataset.py", "function_calling_train.py", "evaluation.py"
 
 

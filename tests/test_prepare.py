@@ -285,6 +285,7 @@ def peak_memory(*arguments):
     return int(process.stdout.split("VmHWM:")[1].split()[0])
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self/status")
 @pytest.mark.parametrize("layout", ["lines", "array"])
 def test_fifty_times_the_rows_cost_at_most_half_as_much_memory_again(tmp_path, layout):

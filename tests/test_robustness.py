@@ -167,6 +167,7 @@ def test_ctrl_c_while_preparing_ends_with_130_and_leaves_nothing(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", [TRAIN, EVALUATE])
 def test_two_processes_never_work_on_the_same_run(commands, undisturbed, tmp_path, monkeypatch, script):
     pytest.importorskip("fcntl")
@@ -352,6 +353,7 @@ def run_with_file_limit(script, arguments, limit, cwd):
     return subprocess.run([sys.executable, "-c", code], cwd=cwd, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script, limit", [(PREPARE, 10_000), (TRAIN, 60_000), (EVALUATE, 1_000)])
 def test_a_full_disk_ends_in_one_line_and_leaves_earlier_results_as_they_were(commands, undisturbed, tmp_path, script, limit):
     whole, _ = undisturbed
@@ -365,6 +367,7 @@ def test_a_full_disk_ends_in_one_line_and_leaves_earlier_results_as_they_were(co
     assert same_files(folder, whole, MADE_BY[script])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", [PREPARE, TRAIN, EVALUATE])
 def test_a_folder_that_takes_no_files_is_named(commands, undisturbed, tmp_path, script):
     folder = copy_of(undisturbed[0], ["processed_data", ADAPTER], tmp_path)
@@ -445,6 +448,7 @@ ODD = {  # strange, but a conversation
 }
 
 
+@pytest.mark.slow
 def test_every_kind_of_rubbish_is_a_counted_drop_and_what_is_kept_serves_all_three_steps(tmp_path, tiny_model):
     bad = [row for group in RUBBISH.values() for row in group]
     good = [*ODD.values(), *ODD.values(), *(make_row(number) for number in range(30))]  # each twice: ids are doubled too
@@ -540,6 +544,7 @@ class Evil:
         return os.mkdir, (str(self.mark),)
 
 
+@pytest.mark.slow
 def test_a_pickle_is_never_read(commands, undisturbed, tmp_path):
     import pickle
 
@@ -568,6 +573,7 @@ def test_a_pickle_is_never_read(commands, undisturbed, tmp_path):
     assert not mark.exists()
 
 
+@pytest.mark.slow
 def test_code_that_comes_with_a_model_is_never_run(tiny_model, splits, tmp_path):
     model = tmp_path / "tiny-gemma"
     shutil.copytree(tiny_model, model)
@@ -601,6 +607,7 @@ def test_a_tokenizer_or_template_other_than_the_trained_one_is_refused(commands,
 # Once and again
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_files_twice_and_another_seed_others(commands, undisturbed, tmp_path):
     whole, _ = undisturbed
     for script, arguments in commands.items():

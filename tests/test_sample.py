@@ -140,6 +140,7 @@ def test_the_builder_makes_the_dataset_that_is_shipped(tmp_path):
     assert (tmp_path / DATASET.name).read_bytes() == DATASET.read_bytes()
 
 
+@pytest.mark.slow
 def test_a_stopped_build_of_the_model_goes_on_where_it_stood(tmp_path, monkeypatch):
     tokenizer, make_batch = build_sample.build_tokenizer(3), build_sample.make_batch
     monkeypatch.setattr(build_sample, "build_tokenizer", lambda seed: tokenizer)
@@ -174,6 +175,7 @@ def test_a_stopped_build_of_the_model_goes_on_where_it_stood(tmp_path, monkeypat
         assert (tmp_path / "stopped" / path.name).read_bytes() == path.read_bytes()
 
 
+@pytest.mark.slow
 def test_the_sample_run_lifts_the_score_well_above_base(tmp_path):
     """sample/run.sh as a newcomer runs it, in a copy of the project, with fewer steps."""
     for name in ("prepare_function_calling_dataset.py", "function_calling_train.py", "evaluation.py", "requirements.txt"):

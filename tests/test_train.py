@@ -335,6 +335,7 @@ def test_the_adapter_stays_small_at_gemmas_real_shapes(name, shape, limit_mb, tm
 # Stopping and going on
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_to_the_very_same_adapter(tiny_model, splits, tmp_path):
     arguments = ["--model", tiny_model, "--train-file", splits / "function_calling_train.jsonl", "--epochs", "6"]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
@@ -463,6 +464,7 @@ def test_a_run_killed_before_its_first_checkpoint_starts_from_the_beginning(tiny
     assert (tmp_path / "LoRA_tiny-gemma-function_calling" / "training_run.json").is_file()
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_no_number_stops_the_run(tiny_model, splits, tmp_path):
     process = run_script(SCRIPT, "--model", tiny_model, "--train-file", splits / "function_calling_train.jsonl",
                          "--learning-rate", "1e30", "--epochs", "4", cwd=tmp_path)
@@ -471,6 +473,7 @@ def test_a_loss_that_is_no_number_stops_the_run(tiny_model, splits, tmp_path):
     assert not (tmp_path / "LoRA_tiny-gemma-function_calling").exists()
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_losses_of_one(tiny_model, splits, tmp_path):
     arguments = ["--model", tiny_model, "--train-file", splits / "function_calling_train.jsonl", "--lora-dropout", "0",
                  "--limit", "23", "--learning-rate", "0.01"]  # 18 of them to train on: four whole steps and two left over
@@ -561,6 +564,7 @@ def test_models_that_do_not_fit_are_refused(tmp_path):
             train.find_model(name, None)
 
 
+@pytest.mark.slow
 def test_a_refused_run_stands_in_nobodys_way(tiny_model, splits, tmp_path):
     """What is refused leaves nothing behind, so the corrected command runs."""
     split = splits / "function_calling_train.jsonl"
