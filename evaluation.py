@@ -691,7 +691,7 @@ def check_adapter(adapter_dir, model):
     try:
         run = json.loads((adapter_dir / "training_run.json").read_text(encoding="utf-8"))
         trained_on, trained_name = run["model"], model_name(run["model"])
-        as_trained = dict(run.get("files_sha256", {}))  # older adapters have none
+        as_trained = {"chat_template.jinja": run["chat_template_sha256"], **run.get("files_sha256", {})}  # older adapters lack these
     except (ValueError, KeyError, TypeError, RecursionError):
         sys.exit(f"error: {adapter_dir / 'training_run.json'} cannot be read: run function_calling_train.py again")
     if trained_name != model_name(model):
@@ -1274,7 +1274,7 @@ def run(args, held):
         "max_new_tokens": args.max_new_tokens,
     }
     if finished and args.resume:
-        refuse_other_evaluation(results_dir, read_run(results_dir), identity)
+        refuse_other_evaluation(results_dir, read_metrics(results_dir)["run"], identity)
         print(f"Finished    {results_dir} is complete; nothing is left to ask. --rescore prints its scores")
         return
     held.enter_context(sole_process_in(results_dir))
@@ -1325,12 +1325,13 @@ def run(args, held):
     partial_path.unlink(missing_ok=True)
 
 
-def read_run(results_dir):
-    """What metrics.json says of the run that made an evaluation; ends the program if it cannot be read."""
+def read_metrics(results_dir):
+    """The number of "queries" and the "run" that metrics.json tells of; ends the program if it cannot be read."""
     path = results_dir / "metrics.json"
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8"))["run"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        metrics = json.loads(path.read_text(encoding="utf-8"))
+        return {"queries": int(metrics.get("queries", 0)), "run": dict(metrics["run"])}
+    except (OSError, AttributeError, ValueError, KeyError, TypeError, RecursionError):
         sys.exit(f"error: {path} is missing or cannot be read: score a copy of predictions.jsonl with --predictions FILE, or make both "
                  "anew with --overwrite")
 
@@ -1344,15 +1345,15 @@ def rescore(args, results_dir, label, name, queries, test_sha256):
         facts = {"predictions": str(args.predictions), "predictions_sha256": sha256_of_file(args.predictions),
                  "test_split_sha256": test_sha256}
         if (results_dir / "metrics.json").is_file() and not args.overwrite:
-            if read_run(results_dir).get("predictions_sha256") != facts["predictions_sha256"]:
+            if read_metrics(results_dir)["run"].get("predictions_sha256") != facts["predictions_sha256"]:
                 sys.exit(f"error: {results_dir} holds other predictions: --overwrite replaces them, another file name keeps both")
     else:
         predictions = read_predictions(results_dir / "predictions.jsonl", queries)
-        facts = read_run(results_dir)
-        num_scored = json.loads((results_dir / "metrics.json").read_text(encoding="utf-8")).get("queries", 0)
-        if len(predictions) < num_scored:
+        metrics = read_metrics(results_dir)
+        facts = metrics["run"]
+        if len(predictions) < metrics["queries"]:
             sys.exit(f"error: {results_dir / 'predictions.jsonl'} holds {len(predictions):,} predictions, metrics.json is of "
-                     f"{num_scored:,}: restore it, or make both anew with --overwrite")
+                     f"{metrics['queries']:,}: restore it, or make both anew with --overwrite")
         if facts.get("test_split_sha256") != test_sha256:
             sys.exit(f"error: {results_dir} was made with another test split than {args.test_file}: give its --test-file")
     # A score of their own would be of other tokens; those in an evaluation's own file are right, unless they are gone.
