@@ -78,6 +78,7 @@ def copy_of(folder, parts, to):
 
 
 SPLITS = [f"processed_data/{name}" for name in (prepare.TRAIN_FILE, prepare.TEST_FILE)]
+NEEDS = {PREPARE: [], TRAIN: ["processed_data"], EVALUATE: ["processed_data", ADAPTER]}
 MADE_BY = {
     PREPARE: SPLITS,
     TRAIN: [f"{ADAPTER}/{name}" for name in ("adapter_model.safetensors", "tokenizer.json", "chat_template.jinja")],
@@ -94,8 +95,7 @@ MADE_BY = {
 def test_killed_at_a_random_moment_nothing_is_lost_doubled_or_changed(commands, undisturbed, tmp_path, number):
     whole, seconds = undisturbed
     script = [PREPARE, TRAIN, EVALUATE][number % 3]
-    before = {PREPARE: [], TRAIN: ["processed_data"], EVALUATE: ["processed_data", ADAPTER]}[script]
-    folder = copy_of(whole, before, tmp_path)
+    folder = copy_of(whole, NEEDS[script], tmp_path)
     process = start(script, *commands[script], cwd=folder)
     time.sleep(random.Random(number).uniform(0.1, 1.0) * seconds[script])
     process.kill()
@@ -138,7 +138,7 @@ def test_splits_that_are_replaced_are_the_old_ones_or_the_new_ones_and_a_mix_is_
 @pytest.mark.parametrize("script", [TRAIN, EVALUATE])
 def test_ctrl_c_ends_with_130_and_one_line_that_says_how_to_go_on(commands, undisturbed, tmp_path, script):
     whole, _ = undisturbed
-    folder = copy_of(whole, {TRAIN: ["processed_data"], EVALUATE: ["processed_data", ADAPTER]}[script], tmp_path)
+    folder = copy_of(whole, NEEDS[script], tmp_path)
     begun = {TRAIN: f"{ADAPTER}-checkpoints/run.json", EVALUATE: f"{RESULTS}/predictions.partial.jsonl"}[script]
     process = start(script, *commands[script], cwd=folder)
     while not (folder / begun).exists() and process.poll() is None:
@@ -171,7 +171,7 @@ def test_ctrl_c_while_preparing_ends_with_130_and_leaves_nothing(tmp_path):
 @pytest.mark.parametrize("script", [TRAIN, EVALUATE])
 def test_two_processes_never_work_on_the_same_run(commands, undisturbed, tmp_path, monkeypatch, script):
     pytest.importorskip("fcntl")
-    folder = copy_of(undisturbed[0], {TRAIN: ["processed_data"], EVALUATE: ["processed_data", ADAPTER]}[script], tmp_path)
+    folder = copy_of(undisturbed[0], NEEDS[script], tmp_path)
     monkeypatch.chdir(folder)
     refused = []
 
@@ -396,7 +396,7 @@ def hub(tmp_path, tiny_model, rows):
 @pytest.mark.parametrize("state", ["down", "cut", "damaged", "slow"])
 def test_a_hub_in_trouble_ends_in_one_line_and_a_second_try_works(hub, commands, undisturbed, tmp_path, script, state):
     whole, _ = undisturbed
-    folder = copy_of(whole, {PREPARE: [], TRAIN: ["processed_data"], EVALUATE: ["processed_data", ADAPTER]}[script], tmp_path / "work")
+    folder = copy_of(whole, NEEDS[script], tmp_path / "work")
     folder.mkdir(exist_ok=True)
     repo = ("datasets", "someone/rows") if script == PREPARE else ("models", "someone/tiny-gemma")
     arguments = ["--dataset", repo[1]] if script == PREPARE else [*commands[script], "--model", repo[1]]
