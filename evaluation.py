@@ -115,6 +115,8 @@ def parse_args(argv=None):
         parser.error(f"--show-failures must not be negative, not {args.show_failures}")
     if (args.rescore or args.predictions) and (args.limit or args.resume):
         parser.error("--rescore and --predictions score what there is: leave out --limit and --resume")
+    if args.rescore and args.overwrite:
+        parser.error("--rescore replaces the scores in any case: leave out --overwrite")
     if args.resume and args.overwrite:
         parser.error("--resume and --overwrite exclude each other")
     return args
@@ -686,8 +688,10 @@ def check_adapter(adapter_dir, model):
     """Return training_run.json of an adapter; end the program if the adapter is missing, unsafe or not this model's."""
     for name in ADAPTER_FILES:
         if not (adapter_dir / name).is_file():
-            sys.exit(f"error: {adapter_dir / name} not found: run function_calling_train.py first, give --adapter, or score the "
-                     "untuned model with --baseline")
+            if adapter_dir.is_dir():
+                sys.exit(f"error: {adapter_dir / name} not found, so this is no whole adapter: train again, or give another --adapter")
+            sys.exit(f"error: {adapter_dir} not found, the adapter of --model {model}: run function_calling_train.py first, give "
+                     "--adapter, or score the untuned model with --baseline")
     try:
         run = json.loads((adapter_dir / "training_run.json").read_text(encoding="utf-8"))
         trained_on, trained_name = run["model"], model_name(run["model"])
@@ -869,8 +873,14 @@ def check_prediction(line, query_of, found):
     `query_of` maps (conversation id, turn) to the queries of the split, `found` holds the keys of the predictions before.
     """
     prediction = json.loads(line)
+    if not isinstance(prediction, dict):
+        raise ValueError("a line must be an object")
+    if missing := [field for field in ("conversation_id", "turn", "output") if field not in prediction]:
+        raise ValueError(f"it has no {missing[0]}")
     key = prediction["conversation_id"], prediction["turn"]
     reason = prediction.get("finish_reason", "end_of_turn")
+    if not isinstance(key[0], str) or type(key[1]) is not int or not isinstance(reason, str):
+        raise ValueError("conversation_id and finish_reason must be text, turn a whole number")
     reason = SERVER_REASONS.get(reason, reason)
     score = prediction.get("score")
     if key not in query_of:

@@ -94,6 +94,8 @@ def parse_args(argv=None):
         parser.error(f"--test-size must lie between 0 and 1, not {args.test_size}")
     if args.seed < 0:
         parser.error(f"--seed must not be negative, not {args.seed}")
+    if is_local(args.dataset) and (args.config or args.revision):
+        parser.error(f"--config and --revision are for hub datasets; --dataset {args.dataset} is a local file")
     if args.config is None and args.dataset == DEFAULT_DATASET:
         args.config = DEFAULT_CONFIG
     return args
@@ -185,7 +187,7 @@ def read_local_rows(path):
                 yield json.loads(line)
             except (RecursionError, ValueError) as error:
                 reason = "nested too deeply" if isinstance(error, RecursionError) else error
-                sys.exit(f"error: {path}, line {number}: invalid JSON ({reason}); a row stands on one line, or all in one array")
+                sys.exit(f"error: {path}, line {number}: invalid JSON ({reason}); a row stands on one line, or all in one array, in UTF-8")
 
 
 def load_hub_rows(dataset, config, revision):
@@ -510,10 +512,8 @@ def main(argv=None):
     args = parse_args(argv)
     if is_local(args.dataset):
         path = Path(args.dataset).expanduser()
-        if args.config or args.revision:
-            sys.exit(f"error: --config and --revision are for hub datasets; --dataset {args.dataset} is a local file")
         if not path.is_file():
-            kind = "a folder, not a .json or .jsonl file" if path.is_dir() else "not found"
+            kind = "a folder" if path.is_dir() else "a pipe or a device, which cannot be read twice" if path.exists() else "not found"
             sys.exit(f"error: --dataset {args.dataset}: {kind}; give a local file or a hub id such as {DEFAULT_DATASET}")
         rows, resolved_revision = read_local_rows(path), f"sha256:{sha256_of_file(path)}"
     else:

@@ -525,6 +525,7 @@ def test_rescoring_gives_the_same_numbers_to_the_last_digit_in_seconds(tmp_path)
     (results / "predictions.partial.jsonl").touch()
     assert_fails_in_one_line(run_script(SCRIPT, "--rescore", cwd=tmp_path), "unfinished", "--resume")
     assert run_script(SCRIPT, "--rescore", "--limit", "3", cwd=tmp_path).returncode == 2
+    assert run_script(SCRIPT, "--rescore", "--overwrite", cwd=tmp_path).returncode == 2
     assert run_script(SCRIPT, "--show-failures", "-1", cwd=tmp_path).returncode == 2
 
 
@@ -561,10 +562,11 @@ def test_judging_4000_predictions_takes_seconds(tmp_path):
 def test_predictions_that_do_not_fit_the_split_are_refused(tmp_path, tiny_model):
     write_split(tmp_path / "processed_data", 2)
     arguments = ["--model", tiny_model, "--predictions", "p.jsonl"]
-    for line, words in (("{", []), ("[]", []), ('{"conversation_id": "9", "turn": 1, "output": ""}', ["no such conversation_id"]),
-                        ('{"conversation_id": "0", "turn": 1}', ["output"]), ('{"conversation_id": "0", "turn": 1, "output": 3}', []),
+    for line, words in (("{", []), ("[]", ["must be an object"]), ('{"conversation_id": "9", "turn": 1, "output": ""}', ["no such conversation_id"]),
+                        ('{"conversation_id": "0", "turn": 1}', ["it has no output"]), ('{"conversation_id": "0", "turn": 1, "output": 3}', []),
                         ('{"conversation_id": "0", "turn": 1, "output": ""}\n' * 2, ["stand twice"]),
-                        ('{"conversation_id": ["0"], "turn": 1, "output": ""}', []), ("3", []), ("null", []),
+                        ('{"conversation_id": ["0"], "turn": 1, "output": ""}', ["conversation_id"]), ("3", []), ("null", []),
+                        ('{"conversation_id": "0", "turn": true, "output": ""}', ["turn a whole number"]),
                         ('{"conversation_id": "0", "turn": 1, "output": "", "finish_reason": []}', []),
                         ('{"conversation_id": "0", "turn": 1, "output": "", "finish_reason": "?"}', ["none of end_of_turn"])):
         (tmp_path / "p.jsonl").write_text(line + "\n")

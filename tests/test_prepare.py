@@ -244,7 +244,9 @@ def test_mistakes_in_the_arguments_are_named(tmp_path):
     assert_fails_in_one_line(run_script(SCRIPT, "--dataset", ".", cwd=tmp_path), "a folder")
     assert run_script(SCRIPT, "--test-size", "1.5", cwd=tmp_path).returncode == 2
     write_rows(tmp_path / "rows.jsonl", [make_row(number) for number in range(10)])
-    assert_fails_in_one_line(run_script(SCRIPT, "--dataset", "rows.jsonl", "--revision", "v1", cwd=tmp_path), "is a local file")
+    process = run_script(SCRIPT, "--dataset", "rows.jsonl", "--revision", "v1", cwd=tmp_path)
+    assert process.returncode == 2 and "is a local file" in process.stderr
+    assert_fails_in_one_line(run_script(SCRIPT, "--dataset", "/dev/null", cwd=tmp_path), "/dev/null: a pipe or a device")
 
 
 def test_the_output_says_what_was_kept_and_what_to_run_next(tmp_path):
