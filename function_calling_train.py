@@ -117,9 +117,10 @@ def parse_args(argv=None):
     add("--validation-size", "share of the conversations held out for validation", type=float, default=0.2)
     add("--seed", "seed of the validation split, the LoRA matrices, the order and the dropout", type=int, default=42)
     # Hardware
-    add("--batch-size", "conversations a device holds at once; must divide those of a step; more is faster and takes more memory",
-        type=int, default=1)
-    add("--activation-checkpointing", "recompute activations: slower, far less memory", action="store_true")
+    add("--batch-size", "conversations a device holds at once; must divide those of a step (default: as many as its memory holds, "
+        "1 on a CPU)", type=int)
+    add("--activation-checkpointing", "recompute activations: slower, less memory (default: only where memory is short)",
+        action="store_true")
     add("--load-in-4bit", "QLoRA: hold the base model in 4 bits (nf4); needs CUDA", action="store_true")
     # Short runs, going on, and what to do with the result
     add("--limit", "use only the first N conversations", type=int)
@@ -449,28 +450,72 @@ def choose_device():
     return "cpu", torch.float32
 
 
-def score_only_labelled_positions(model):
-    """Make TRL's fused head score the positions that carry loss, and no others, in checkpointed chunks.
+def keep_the_vocabulary_out_of_the_way(model):
+    """Train the tags' rows and score the labelled positions without another tensor of the size of Gemma's embedding.
 
-    `model` is the base model inside the adapter, as SFTTrainer has patched it. TRL's own head does this on CUDA; elsewhere it
-    scores every position against all 262,144 tokens, several times slower. The call still passes through the model's
-    forward, so data-parallel training sees it; loss and gradients are those of TRL.
+    `model` is the base model inside the adapter, as SFTTrainer has patched it. PEFT copies all 262,144 rows in each pass to change
+    eight of them, autograd makes a gradient for every one, and off CUDA TRL scores all positions. Here the tags' rows are put in
+    beside the frozen embedding, and the head works through the labelled positions in chunks: with softmax p over the rows w of
+    the head, the slope of log p(target) is w(target) - sum of p(v) w(v), so that the backward pass needs no logits. The call
+    still passes through the model's forward, so data-parallel training sees it; loss and gradients are those of TRL.
     """
     import torch
-    from torch.utils.checkpoint import checkpoint
     from trl.trainer.utils import FusedCausalLMOutput
 
     chunk_size = 256  # positions; their fp32 logits over Gemma's vocabulary are 268 MB
-    trl_forward = model.forward
+    token_adapter = model.get_input_embeddings().token_adapter
+    embedding = token_adapter.base_layer  # tied: its weight is the head's
+    tag_ids = torch.tensor(token_adapter.token_indices["default"])
+    logits_buffer = torch.empty(0)
 
-    def score(hidden, targets):
-        logits = model.lm_head(hidden).float()
-        log_normalizer = logits.logsumexp(dim=-1)
-        log_probs = logits.gather(-1, targets[:, None])[:, 0] - log_normalizer
-        with torch.no_grad():  # TRL logs these two
-            entropy = log_normalizer - (logits.softmax(dim=-1) * logits).sum(dim=-1)
-            is_top1 = logits.argmax(dim=-1) == targets
-        return log_probs, entropy, is_top1
+    class LabelLogProbs(torch.autograd.Function):
+        """log p(target), and whether target is the likeliest token, for hidden states of shape [positions, hidden size]."""
+
+        @staticmethod
+        def forward(ctx, hidden, tag_rows, weight, tags, targets):
+            nonlocal logits_buffer
+            if logits_buffer.device != hidden.device or not len(logits_buffer):
+                logits_buffer = torch.empty(chunk_size, len(weight), device=hidden.device)  # always the same: fresh memory is slow
+            tag_changes = tag_rows - weight[tags]
+            log_probs, is_top1, slopes, tag_slopes = [], [], [], []
+            for states, target in zip(hidden.split(chunk_size), targets.split(chunk_size)):
+                logits = logits_buffer[:len(states)]
+                if weight.dtype == logits.dtype:
+                    torch.mm(states, weight.T, out=logits)
+                else:
+                    logits.copy_(states @ weight.T)
+                logits[:, tags] = (states @ tag_rows.T).float()
+                target_logit, highest = logits.gather(1, target[:, None]), logits.amax(1, keepdim=True)
+                probs = logits.sub_(highest).exp_()
+                normalizer = probs.sum(1, keepdim=True)
+                log_probs.append((target_logit - highest - normalizer.log())[:, 0])
+                is_top1.append((target_logit == highest)[:, 0])
+                if ctx.needs_input_grad[0]:
+                    probs = probs.div_(normalizer).to(weight.dtype)
+                    tag_probs, is_tag = probs[:, tags], (target[:, None] == tags).to(weight.dtype)
+                    tag_slopes.append(is_tag - tag_probs)
+                    slopes.append(weight[target] - probs @ weight + tag_slopes[-1] @ tag_changes)
+            if ctx.needs_input_grad[0]:
+                ctx.save_for_backward(hidden, torch.cat(slopes), torch.cat(tag_slopes))
+            is_top1 = torch.cat(is_top1)
+            ctx.mark_non_differentiable(is_top1)
+            return torch.cat(log_probs), is_top1
+
+        @staticmethod
+        def backward(ctx, gradient, _):
+            hidden, slopes, tag_slopes = ctx.saved_tensors
+            gradient = gradient[:, None].to(hidden.dtype)
+            return gradient * slopes, (gradient * tag_slopes).T @ hidden, None, None, None
+
+    def tag_rows():
+        return token_adapter.trainable_tokens_delta["default"].to(embedding.weight.dtype)
+
+    def embed(input_ids):
+        is_tag = input_ids[..., None] == tag_ids.to(input_ids.device)
+        rows = is_tag.to(embedding.weight.dtype) @ tag_rows() * embedding.embed_scale.to(embedding.weight.dtype)
+        return torch.where(is_tag.any(-1, keepdim=True), rows, embedding(input_ids))
+
+    trl_forward = model.forward
 
     def forward(*inputs, fused_lm_head=False, labels=None, **options):
         if not fused_lm_head:
@@ -478,13 +523,13 @@ def score_only_labelled_positions(model):
         hidden = model.model(*inputs, **{**options, "use_cache": False}).last_hidden_state[:, :-1]
         targets = labels[:, 1:]
         mask = targets != -100
-        chunks = zip(hidden[mask].split(chunk_size), targets[mask].split(chunk_size))
-        scored = [checkpoint(score, *chunk, use_reentrant=False) for chunk in chunks]
-        log_probs, entropy, is_top1 = (
-            values[0].new_zeros(mask.shape).masked_scatter(mask, torch.cat(values)) for values in zip(*scored)
+        scored = LabelLogProbs.apply(
+            hidden[mask].to(embedding.weight.dtype), tag_rows(), embedding.weight, tag_ids.to(hidden.device), targets[mask]
         )
-        return FusedCausalLMOutput(log_probs=log_probs, entropy=entropy, is_top1=is_top1, label_mask=mask)
+        log_probs, is_top1 = (values.new_zeros(mask.shape).masked_scatter(mask, values) for values in scored)
+        return FusedCausalLMOutput(log_probs=log_probs, entropy=torch.zeros_like(log_probs), is_top1=is_top1, label_mask=mask)
 
+    token_adapter.forward = embed
     model.forward = forward
 
 
@@ -502,25 +547,93 @@ def lora_config(args, tag_ids):
     )
 
 
+def activation_bytes_per_token(model):
+    """About what a token's activations take in training, in bytes of memory: fitted to fp32 runs at the shapes of 270M and 1B."""
+    config = model.config
+    return 4 * config.num_hidden_layers * (15 * config.hidden_size + 10 * config.intermediate_size)
+
+
+def describe_memory_use(trainer):
+    num = trainer.conversations_at_once
+    return (f"{num} conversation{'s' * (num > 1)} at once, their activations "
+            + ("recomputed" if trainer.recomputes_activations else "kept"))
+
+
 def build_trainer(model, tokenizer, tag_ids, training, validation, args, device, dtype, checkpoint_dir, num_processes=1):
     """Put LoRA and the trainable tag rows on the model and build the SFTTrainer of the recipe."""
+    import psutil
     import torch
     from tqdm import tqdm
     from transformers import TrainerCallback
     from transformers.trainer_callback import PrinterCallback, ProgressCallback
     from trl import SFTConfig, SFTTrainer
 
+    # A GPU starts with all it may hold and takes less once it runs out. On a CPU more at once would only add padding, and a
+    # process that runs out of memory is killed: there, what the longest conversation needs is reckoned beforehand.
+    batch_size = args.batch_size or (args.conversations_per_step // num_processes if device == "cuda" else 1)
+    longest = max(map(len, training["input_ids"]))
+    activation_checkpointing = args.activation_checkpointing or (
+        device != "cuda" and batch_size * longest * activation_bytes_per_token(model) > psutil.virtual_memory().available
+    )
     labels_per_row = sum(label != -100 for row in validation["labels"] for label in row[1:]) / len(validation)
 
     class Trainer(SFTTrainer):
-        """SFTTrainer whose validation loss is the mean over labelled tokens, whatever the batches and processes."""
+        """SFTTrainer that makes do with the memory there is, and whose validation loss is the mean over labelled tokens.
+
+        Neither depends on how the conversations are batched and shared out to processes.
+        """
+
+        conversations_at_once = batch_size
+        recomputes_activations = activation_checkpointing
+
+        def training_step(self, model, inputs, num_items_in_batch=None):
+            step = super().training_step
+            return self.sum_over_parts(inputs, lambda part: step(model, part, num_items_in_batch))
 
         def prediction_step(self, model, inputs, *arguments, **options):
-            labels = inputs["labels"][:, 1:]
-            num_rows, num_labels = len(labels), (labels != -100).sum().item()
-            loss, logits, labels = super().prediction_step(model, inputs, *arguments, **options)
-            # The library averages over rows what is here a row's share in the mean over tokens.
-            return loss * num_labels / (num_rows * labels_per_row), logits, labels
+            step, num_rows = super().prediction_step, len(inputs["labels"])
+
+            def share_of_the_mean(part):  # the library averages over rows what is here a row's share in the mean over tokens
+                num_labels = (part["labels"][:, 1:] != -100).sum().item()
+                return step(model, part, *arguments, **options)[0] * num_labels / (num_rows * labels_per_row)
+
+            return self.sum_over_parts(inputs, share_of_the_mean), None, None
+
+        def sum_over_parts(self, inputs, compute):
+            """The sum of compute(part) over the parts that `inputs` must be cut into; smaller ones after running out of memory."""
+            trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+            before = [None if parameter.grad is None else parameter.grad.clone() for parameter in trained]
+            while True:
+                try:
+                    total = 0.0
+                    for rows in torch.arange(len(inputs["input_ids"])).split(self.conversations_at_once):
+                        width = int(inputs["attention_mask"][rows].sum(1).max())
+                        total += compute({name: values[rows, :width] for name, values in inputs.items()})
+                    return total
+                except torch.OutOfMemoryError:
+                    if num_processes > 1 or not self.needs_less_memory():  # the others would wait for this one
+                        raise
+                for parameter, gradient in zip(trained, before):  # what a part left behind is not counted twice
+                    parameter.grad = None if gradient is None else gradient.clone()
+                if device == "cuda":
+                    torch.cuda.empty_cache()
+
+        def needs_less_memory(self):
+            """Take the next measure that saves memory; returns whether there was one."""
+            if self.conversations_at_once > 1:
+                self.conversations_at_once //= 2
+            elif not self.recomputes_activations:
+                self.recomputes_activations = True
+                self.model.get_base_model().activation_checkpointing_enable()
+            else:
+                return False
+            tqdm.write(f"note: out of memory; going on with {describe_memory_use(self)}")
+            return True
+
+        def compute_loss(self, *inputs, **options):
+            loss = super().compute_loss(*inputs, **options)
+            self._metrics["train" if self.model.training else "eval"].pop("entropy", None)  # not computed here
+            return loss
 
     class RunProgress(TrainerCallback):
         """A progress bar (lines, where no terminal is watching); notes the time spent, and stops a run whose loss is no number."""
@@ -578,9 +691,9 @@ def build_trainer(model, tokenizer, tag_ids, training, validation, args, device,
         # Recipe
         num_train_epochs=args.epochs,
         max_steps=args.max_steps or -1,
-        per_device_train_batch_size=args.batch_size,
-        per_device_eval_batch_size=args.batch_size,
-        gradient_accumulation_steps=args.conversations_per_step // (args.batch_size * num_processes),
+        per_device_train_batch_size=batch_size,
+        per_device_eval_batch_size=batch_size,
+        gradient_accumulation_steps=args.conversations_per_step // (batch_size * num_processes),
         learning_rate=args.learning_rate,
         lr_scheduler_type="cosine",
         warmup_steps=args.warmup,
@@ -593,7 +706,7 @@ def build_trainer(model, tokenizer, tag_ids, training, validation, args, device,
         use_cpu=device == "cpu",
         bf16=dtype == torch.bfloat16,
         fp16=False,
-        activation_checkpointing=args.activation_checkpointing,
+        activation_checkpointing=activation_checkpointing,
         dataloader_pin_memory=device == "cuda",
         # Validation and checkpoints
         eval_strategy="steps",
@@ -623,8 +736,7 @@ def build_trainer(model, tokenizer, tag_ids, training, validation, args, device,
             parameter.data = parameter.data.float()
     # TRL reads lm_head.bias, which PEFT's wrapper around the tied head does not pass on.
     trainer.model.get_output_embeddings().bias = None
-    if device != "cuda":
-        score_only_labelled_positions(trainer.model.get_base_model())
+    keep_the_vocabulary_out_of_the_way(trainer.model.get_base_model())
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     trainer.progress = RunProgress()
@@ -949,9 +1061,10 @@ def run(args, held):
 
     # Whatever can be refused is refused before anything heavy is loaded, and before anything is written.
     split_sha256 = check_split(args.train_file)
-    if args.conversations_per_step % (args.batch_size * num_processes):
-        sys.exit(f"error: {args.conversations_per_step} conversations per step cannot be shared out to {num_processes} process(es) "
-                 f"in batches of {args.batch_size}: change --batch-size or --conversations-per-step")
+    if args.conversations_per_step % ((args.batch_size or 1) * num_processes):
+        batches = f" in batches of {args.batch_size}" if args.batch_size else ""
+        sys.exit(f"error: {args.conversations_per_step} conversations per step cannot be shared out to {num_processes} process(es)"
+                 f"{batches}: change --batch-size or --conversations-per-step")
     if args.report_to != "none" and importlib.util.find_spec(args.report_to) is None:
         sys.exit(f"error: --report-to {args.report_to} needs a package that is not installed: pip install {args.report_to}")
     unfinished, finished = look_for_runs(output_dir, checkpoint_dir)
@@ -1023,6 +1136,7 @@ def run(args, held):
                   + f", {str(dtype).removeprefix('torch.')} on {device}")
             print(f"Data        {len(training):,} conversations to train on, {len(validation):,} to validate with; "
                   f"{num_too_long:,} dropped, longer than {args.max_length:,} tokens")
+            print(f"Memory      {describe_memory_use(trainer)}")
             if args.resume:
                 print(f"Resuming    from {checkpoint.name}" if checkpoint else "Resuming    no checkpoint yet, starting from the beginning")
         trainer.accelerator.wait_for_everyone()
@@ -1032,8 +1146,8 @@ def run(args, held):
         with contextlib.closing(trainer.progress):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except torch.OutOfMemoryError:
-        sys.exit("error: out of GPU memory: go on with --resume and --activation-checkpointing or a smaller --batch-size, or start "
-                 "anew with --overwrite and a smaller --max-length or --load-in-4bit")
+        sys.exit("error: out of GPU memory: go on with --resume, --activation-checkpointing and a smaller --batch-size, or start anew "
+                 "with --overwrite and a smaller --max-length or --load-in-4bit")
     if not is_main:
         return
 
@@ -1062,6 +1176,8 @@ def run(args, held):
         "best_validation_loss": validations[best_step],
         "device": torch.cuda.get_device_name() if device == "cuda" else device,
         "dtype": str(dtype).removeprefix("torch."),
+        "conversations_at_once": trainer.conversations_at_once,
+        "activations": "recomputed" if trainer.recomputes_activations else "kept",
         "processes": num_processes,
         "versions": {
             name: importlib.metadata.version(name)

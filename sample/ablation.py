@@ -34,6 +34,7 @@ def with_published_lora_placement(train, evaluation):
     import torch
     import trl.trainer.sft_trainer
     from transformers import AutoModelForCausalLM
+    from trl.trainer.utils import FusedCausalLMOutput
 
     lora_config = train.lora_config
 
@@ -48,9 +49,25 @@ def with_published_lora_placement(train, evaluation):
         train.start_tag_rows(model, tag_pieces)  # as in training; the adapter's files hold no rows
         return peft.PeftModel.from_pretrained(model, adapter_dir).eval()
 
+    def score_through_the_adapted_head(model):
+        forward = model.forward
+
+        def score(*inputs, fused_lm_head=False, labels=None, **options):
+            if not fused_lm_head:
+                return forward(*inputs, labels=labels, **options)
+            targets, mask = labels[:, 1:], labels[:, 1:] != -100
+            hidden = model.model(*inputs, **options).last_hidden_state[:, :-1]
+            logits = model.lm_head(hidden[mask])
+            values = -torch.nn.functional.cross_entropy(logits, targets[mask], reduction="none")
+            log_probs = values.new_zeros(mask.shape).masked_scatter(mask, values)
+            return FusedCausalLMOutput(log_probs=log_probs, entropy=0 * log_probs, is_top1=mask & False, label_mask=mask)
+
+        model.forward = score
+
     train.lora_config = lora_everywhere
+    train.keep_the_vocabulary_out_of_the_way = score_through_the_adapted_head
     evaluation.load_model = load_unmerged
-    # TRL refuses LoRA on the head, since its own scoring passes it by. The training script's scoring on a CPU does not.
+    # TRL refuses LoRA on the head, since its own scoring passes it by; the one above does not.
     trl.trainer.sft_trainer.BaseTunerLayer = type("NoLayer", (), {})
     peft.tuners.tuners_utils.BaseTunerLayer.bias = None  # a property there; Gemma's head has none
     return []

@@ -208,6 +208,10 @@ def test_loss_and_gradients_are_those_of_the_full_logits(tiny_model, splits, tag
     reference = gradients(full)
     assert abs(loss.item() - full.item()) < 1e-5
     assert all(torch.allclose(ours[name], reference[name], atol=1e-5) for name in reference)
+    (rows,) = (ours[name] for name in ours if "trainable_tokens_delta" in name)
+    assert bool((rows != 0).any(dim=1).all())  # the tags' rows learn from both ends, the embedding and the head
+    with torch.no_grad():  # where no slope is asked for
+        assert abs(trainer.compute_loss(model, dict(batch)).item() - full.item()) < 1e-5
 
 
 def test_labels_of_a_batch_are_those_of_its_rows(tiny_model, splits, tagged, tmp_path):
@@ -403,6 +407,57 @@ def test_a_run_may_go_on_with_another_batch_size(tiny_model, splits, tmp_path, m
     assert whole["training_losses"] == pytest.approx(parts["training_losses"], abs=1e-4)
     assert whole["validation_losses"] == pytest.approx(parts["validation_losses"], abs=1e-4)
     assert whole["tokens_seen"] == parts["tokens_seen"]
+
+
+def test_out_of_memory_a_batch_is_halved_and_then_its_activations_recomputed(tiny_model, splits, tmp_path, monkeypatch, capsys):
+    """A batch of two fits only in the first step, one alone only with its activations recomputed; losses stay the same."""
+    arguments = ["--model", str(tiny_model), "--train-file", str(splits / "function_calling_train.jsonl"), "--lora-dropout", "0",
+                 "--learning-rate", "0.01", "--max-steps", "6"]
+    monkeypatch.chdir(tmp_path)
+    train.main([*arguments, "--output-dir", "whole", "--batch-size", "4"])
+    capsys.readouterr()
+    real, num_backward = train.build_trainer, 0
+
+    def build_for_a_small_gpu(*inputs):
+        trainer = real(*inputs)
+        backward = trainer.accelerator.backward
+
+        def backward_that_runs_out(loss, **options):
+            """As on a GPU, some gradients are already there when the memory is not."""
+            nonlocal num_backward
+            num_backward += 1
+            backward(loss, **options)
+            if trainer.conversations_at_once > 2 or (num_backward > 5 and not trainer.recomputes_activations):
+                raise torch.OutOfMemoryError
+
+        trainer.accelerator.backward = backward_that_runs_out
+        return trainer
+
+    monkeypatch.setattr(train, "build_trainer", build_for_a_small_gpu)
+    train.main([*arguments, "--output-dir", "small", "--batch-size", "4"])
+    output = capsys.readouterr().out
+    for memory_use in ("2 conversations at once, their activations kept", "1 conversation at once, their activations kept",
+                       "1 conversation at once, their activations recomputed"):
+        assert f"note: out of memory; going on with {memory_use}" in output
+    whole, small = (json.loads((tmp_path / name / "training_run.json").read_text()) for name in ("whole", "small"))
+    assert small["conversations_at_once"] == 1 and small["activations"] == "recomputed" and whole["activations"] == "kept"
+    assert whole["training_losses"] == pytest.approx(small["training_losses"], abs=1e-4)
+    assert whole["validation_losses"] == pytest.approx(small["validation_losses"], abs=1e-4)
+    assert whole["tokens_seen"] == small["tokens_seen"]
+    ours, theirs = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("whole", "small"))
+    assert all(torch.allclose(ours[name], theirs[name], atol=1e-4) for name in ours)
+
+
+def test_activations_are_recomputed_where_a_cpu_has_little_memory_left(tiny_model, splits, tagged, tmp_path, monkeypatch):
+    import psutil
+
+    free = type(psutil.virtual_memory())
+    for available, recomputed in ((10**6, True), (10**12, False)):
+        values = dict(zip(free._fields, psutil.virtual_memory()), available=available)
+        monkeypatch.setattr(psutil, "virtual_memory", lambda: free(**values))
+        trainer = build(tiny_model, splits, tagged, tmp_path)
+        assert trainer.recomputes_activations == trainer.args.activation_checkpointing == recomputed
+        assert trainer.conversations_at_once == 1  # more at once would only add padding there
 
 
 def test_a_finished_run_is_neither_lost_nor_done_twice(finished, adapter, tiny_model, splits):
