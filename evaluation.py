@@ -3,6 +3,7 @@
     python evaluation.py --baseline                                       # gemma-3-1b-it as it is
     python evaluation.py                                                  # with the adapter of step 2
     python evaluation.py --model google/gemma-3-270m-it
+    torchrun --nproc_per_node 2 evaluation.py                             # two GPUs, each its share of the queries
 
 Every model turn of every test conversation is one query: the turns before it are the prompt, the turn itself is the
 reference. A turn that holds a tool call is scored by the longest common contiguous sequence of tokens, any other (a
@@ -17,8 +18,10 @@ import errno
 import functools
 import hashlib
 import importlib.metadata
+import itertools
 import json
 import logging
+import math
 import os
 import random
 import re
@@ -28,7 +31,7 @@ import textwrap
 import time
 import warnings
 from collections import Counter
-from itertools import zip_longest
+from datetime import timedelta
 from pathlib import Path
 
 DEFAULT_MODEL = "google/gemma-3-1b-it"
@@ -96,7 +99,7 @@ def parse_args(argv=None):
     add("--test-file", "test split, as step 1 writes it", type=path, default=DEFAULT_TEST_FILE)
     add("--output-dir", "folder for the results; each model gets its own within", type=path, default=Path("evaluation_results"))
     add("--limit", "use only the first N conversations (the published run: 300)", type=int)
-    add("--batch-size", "queries generated at once", type=int, default=24)
+    add("--batch-size", "queries generated at once (default: as many as memory holds, by the length of their prompts)", type=int)
     add("--max-new-tokens", "longest output, tokens", type=int, default=256)
     add("--rescore", "compute everything again from predictions.jsonl: no model, no GPU, seconds", action="store_true")
     add("--predictions", "score these predictions, made by something else (README.md names the fields)", type=path, metavar="FILE")
@@ -793,8 +796,43 @@ def generate_batch(model, prompts, stop_ids, pad_id, max_new_tokens):
     return outputs
 
 
-def answer_queries(queries, model, tokenizer, scorer, args):
-    """Generate and score an output for each query, longest prompts first; yields the predictions batch by batch."""
+def count_tokens_that_fit(model):
+    """About how many tokens, of prompts, padding and outputs, can be in generation at once.
+
+    A token takes its keys and values, twice while they grow, and its share of the widest layer while prompts are read. Half
+    of the free memory is left alone. On a CPU little is gained by more than the number given here.
+    """
+    import psutil
+    import torch
+
+    config = model.config.get_text_config()
+    numbers = 4 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim + 6 * config.intermediate_size
+    on_gpu = model.device.type == "cuda"
+    free = torch.cuda.mem_get_info()[0] if on_gpu else psutil.virtual_memory().available
+    return min(free // 2 // (numbers * model.dtype.itemsize), 10**9 if on_gpu else 32_768)
+
+
+def plan_batches(lengths, args, tokens_at_once):
+    """Share out queries, given as {index: tokens of the prompt}, to batches: lists of indices, longest prompts first.
+
+    A batch holds --batch-size queries, or else as many as make at most `tokens_at_once` tokens, each as long as the longest prompt
+    of the batch and an output; at least one.
+    """
+    batches, size = [], 0
+    for index in sorted(lengths, key=lambda index: (-lengths[index], index)):
+        if not batches or len(batches[-1]) >= size:
+            size = args.batch_size or max(1, tokens_at_once // (lengths[index] + args.max_new_tokens))
+            batches.append([])
+        batches[-1].append(index)
+    return batches
+
+
+def answer_queries(queries, model, tokenizer, scorer, args, tokens_at_once, rank=0, num_processes=1):
+    """Generate and score an output for each query, longest prompts first; yields the predictions batch by batch.
+
+    Of several processes each takes its share of the batches, which are the same for any number of them.
+    """
+    import torch
     from tqdm import tqdm
 
     stop_ids = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<end_of_turn>")]
@@ -803,42 +841,59 @@ def answer_queries(queries, model, tokenizer, scorer, args):
         sys.exit(f"error: --max-new-tokens {args.max_new_tokens} leaves no room for a prompt in the model's context")
     # A prompt that does not fit is a failure to be counted; cutting it would take away what it asks for. Later prompts of the
     # same conversation hold it and more, so they are not even encoded.
-    prompts, outgrown = [], set()
-    for query in queries:
-        prompt = None
+    prompts, outgrown = {}, set()
+    for index, query in enumerate(queries):
         if query["conversation_id"] not in outgrown:
             prompt = encode_prompt(query["prompt"], tokenizer, args.baseline)
             if len(prompt) > longest_prompt:
                 outgrown.add(query["conversation_id"])
-                prompt = None
-        prompts.append(prompt)
+            else:
+                prompts[index] = prompt
 
     def predict(query, output, finish_reason, **num_tokens):
         prediction = {key: query[key] for key in ("conversation_id", "turn", "kind", "reference")}
         tokens = [scorer.encode(text, add_special_tokens=False) for text in (query["reference"], output)]
         return {**prediction, "output": output, "score": score_output(query["kind"], *tokens), "finish_reason": finish_reason, **num_tokens}
 
-    too_long = [index for index, prompt in enumerate(prompts) if prompt is None]
+    too_many = math.inf  # tokens that were once more than the memory holds
+
+    def generate(batch):
+        """Outputs for a batch, in halves where the whole does not fit."""
+        nonlocal too_many
+        num_tokens = len(batch) * (len(prompts[batch[0]]) + args.max_new_tokens)
+        if num_tokens < too_many or len(batch) == 1:
+            try:
+                return generate_batch(
+                    model, [prompts[index] for index in batch], stop_ids, tokenizer.pad_token_id, args.max_new_tokens
+                )
+            except torch.OutOfMemoryError:
+                if len(batch) == 1:
+                    raise
+                too_many = num_tokens
+            torch.cuda.empty_cache()
+        half = len(batch) // 2
+        return generate(batch[:half]) + generate(batch[half:])
+
+    too_long = [query for index, query in enumerate(queries) if index not in prompts] if rank == 0 else []
     if too_long:
-        yield [predict(queries[index], "", "prompt_too_long") for index in too_long]
-    order = sorted(set(range(len(queries))) - set(too_long), key=lambda index: (-len(prompts[index]), index))
-    last_told = time.monotonic()
-    with tqdm(total=len(queries), initial=len(too_long), desc="Answering", unit=" queries", disable=None) as progress:
-        for start in range(0, len(order), args.batch_size):
-            batch = order[start:start + args.batch_size]
-            outputs = generate_batch(
-                model, [prompts[index] for index in batch], stop_ids, tokenizer.pad_token_id, args.max_new_tokens
-            )
+        yield [predict(query, "", "prompt_too_long") for query in too_long]
+    batches = plan_batches({index: len(prompt) for index, prompt in prompts.items()}, args, tokens_at_once)[rank::num_processes]
+    last_told, num_answered = time.monotonic(), len(too_long)
+    num_queries = num_answered + sum(map(len, batches))
+    share = "" if num_processes == 1 else f" (process 1 of {num_processes})"
+    with tqdm(total=num_queries, initial=num_answered, desc=f"Answering{share}", unit=" queries", disable=None if rank == 0 else True) as progress:
+        for batch in batches:
             predictions = []
-            for index, (tokens, ended) in zip(batch, outputs):
+            for index, (tokens, ended) in zip(batch, generate(batch)):
                 text = tokenizer.decode(tokens, skip_special_tokens=True).strip()
                 predictions.append(predict(queries[index], text, "end_of_turn" if ended else "max_new_tokens",
                                            prompt_tokens=len(prompts[index]), output_tokens=len(tokens)))
             yield predictions
             progress.update(len(batch))
-            if progress.disable and time.monotonic() - last_told > 60:  # no terminal is watching: a line a minute
+            num_answered += len(batch)
+            if rank == 0 and progress.disable and time.monotonic() - last_told > 60:  # no terminal is watching: a line a minute
                 last_told = time.monotonic()
-                print(f"{len(too_long) + start + len(batch):,} of {len(queries):,} queries answered", flush=True)
+                print(f"{num_answered:,} of {num_queries:,} queries answered{share}", flush=True)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -925,26 +980,34 @@ def read_predictions(path, queries):
     return [found[key] for key in query_of if key in found]
 
 
-def read_partial(path, identity, queries, args):
+def find_partial(results_dir):
+    """The files of an unfinished evaluation: each of its processes has one."""
+    return sorted(results_dir.glob("predictions.partial*.jsonl"))
+
+
+def read_partial(paths, identity, queries, args):
     """The predictions that an interrupted evaluation left; it ends the program if they are not to be used.
 
-    The file's first line is `identity`, what the predictions depend on: an evaluation goes on only with its own.
+    A file's first line is `identity`, what the predictions depend on: an evaluation goes on only with its own.
     """
-    if not path.exists() or args.overwrite:
+    if not paths or args.overwrite:
         return []
     if not args.resume:
-        sys.exit(f"error: {path} holds an unfinished evaluation: --resume goes on with it, --overwrite starts anew")
+        sys.exit(f"error: {paths[0]} holds an unfinished evaluation: --resume goes on with it, --overwrite starts anew")
     query_of = {(query["conversation_id"], query["turn"]): query for query in queries}
     found = {}
-    first, *lines = path.read_bytes().split(b"\n")[:-1] or [json.dumps(identity)]  # without a last line that was torn
-    try:
-        earlier = dict(json.loads(first))
-        for line in lines:
-            prediction = check_prediction(line, query_of, found)
-            found[prediction["conversation_id"], prediction["turn"]] = prediction
-    except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
-        sys.exit(f"error: {path} cannot be gone on with ({error}): --overwrite starts anew")
-    refuse_other_evaluation(path, earlier, identity)
+    for path in paths:
+        found_here = {}
+        first, *lines = path.read_bytes().split(b"\n")[:-1] or [json.dumps(identity)]  # without a last line that was torn
+        try:
+            earlier = dict(json.loads(first))
+            for line in lines:
+                prediction = check_prediction(line, query_of, found_here)
+                found_here[prediction["conversation_id"], prediction["turn"]] = prediction
+        except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
+            sys.exit(f"error: {path} cannot be gone on with ({error}): --overwrite starts anew")
+        refuse_other_evaluation(path, earlier, identity)
+        found |= found_here  # in two files stands what a kill kept from being taken out of one
     return list(found.values())
 
 
@@ -974,7 +1037,7 @@ def sole_process_in(folder):
 
 
 def open_partial(path, identity, predictions):
-    """Open the file of an unfinished evaluation, with what is already answered in it, to append further predictions."""
+    """Open a file of an unfinished evaluation, with what is already answered in it, to append further predictions."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in [identity, *predictions]))
     return open(path, "ab", buffering=0)  # one write a batch: a kill hardly ever falls into it
@@ -1033,7 +1096,7 @@ def load_base(base_dir, facts, queries):
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         base = None
     reason = "is not finished, or cannot be read"
-    if base is not None and (base_dir / "predictions.jsonl").is_file() and not (base_dir / "predictions.partial.jsonl").exists():
+    if base is not None and (base_dir / "predictions.jsonl").is_file() and not find_partial(base_dir):
         keys = ("test_split_sha256", "commit", "weights_sha256", "max_new_tokens")
         other = [key for key in keys if base.get(key) and facts.get(key) and base[key] != facts[key]]
         predictions = [] if other else read_predictions(base_dir / "predictions.jsonl", queries)
@@ -1117,7 +1180,7 @@ def format_failures(predictions, verdicts, number):
         sides = [[piece for line in (title, *prediction[key].splitlines()) for piece in textwrap.wrap(line, width) or [""]]
                  for title, key in (("REFERENCE", "reference"), ("OUTPUT", "output"))]
         sides = [side if len(side) <= MAX_LINES_SHOWN else [*side[:MAX_LINES_SHOWN], "..."] for side in sides]
-        lines += [f"{left:<{width}} | {right}" for left, right in zip_longest(*sides, fillvalue="")]
+        lines += [f"{left:<{width}} | {right}" for left, right in itertools.zip_longest(*sides, fillvalue="")]
     # A model may say anything, but not what steers a terminal.
     return "\n".join("".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in line) for line in lines)
 
@@ -1212,7 +1275,7 @@ def write_report(args, results_dir, label, name, queries, predictions, compariso
 
 def is_finished(results_dir):
     """Whether a folder holds the results of a whole evaluation, and no later one that is unfinished."""
-    if (results_dir / "predictions.partial.jsonl").exists():
+    if find_partial(results_dir):
         return False
     return all((results_dir / name).is_file() for name in ("metrics.json", "predictions.jsonl"))
 
@@ -1225,6 +1288,8 @@ def main(argv=None):
 
 def run(args, held):
     """Evaluate as `args` say, from the checks to the table; `held` takes the locks."""
+    rank = int(os.environ.get("RANK", 0))  # torchrun starts several processes; the first speaks, and writes what is lasting
+    num_processes = int(os.environ.get("WORLD_SIZE", 1))
     name = model_name(args.model)
     default_adapter = Path(f"LoRA_{name}-function_calling")
     is_default = args.adapter is None or args.adapter.resolve() == default_adapter.resolve()
@@ -1238,18 +1303,19 @@ def run(args, held):
     test_sha256 = check_split(args.test_file)
     every_query = read_queries(args.test_file)
     if args.predictions or args.rescore:
-        rescore(args, results_dir, label, name, every_query, test_sha256)
+        if rank == 0:
+            rescore(args, results_dir, label, name, every_query, test_sha256)
         return
     queries = read_queries(args.test_file, args.limit) if args.limit else every_query
 
     adapter_dir = None if args.baseline else args.adapter or default_adapter
     training_run = check_adapter(adapter_dir, args.model) if adapter_dir else {}
-    partial_path = results_dir / "predictions.partial.jsonl"
+    partial_path = results_dir / f"predictions.partial{f'.{rank}' if rank else ''}.jsonl"
     finished = is_finished(results_dir)
-    if results_dir.is_dir():
+    if rank == 0 and results_dir.is_dir():
         with sole_process_in(results_dir):
             pass
-    if not finished and not partial_path.exists() and (results_dir / "predictions.jsonl").exists() and not args.overwrite:
+    if not finished and not find_partial(results_dir) and (results_dir / "predictions.jsonl").exists() and not args.overwrite:
         sys.exit(f"error: {results_dir} holds predictions, but no metrics.json that says what they are of: score a copy of them with "
                  "--predictions FILE, or --overwrite them")
     if finished and not (args.resume or args.overwrite):
@@ -1268,10 +1334,16 @@ def run(args, held):
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()  # of loading weights; generation shows its own
     device, dtype = choose_device()
+    if num_processes > 1:
+        if device == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        torch.distributed.init_process_group("gloo", timeout=timedelta(days=7))  # a share may take long
+        held.callback(torch.distributed.destroy_process_group)
     scorer = load_tokenizer(model_dir)  # the stock tokenizer: base and tuned are scored in the same tokens
     tokenizer = load_tokenizer(adapter_dir) if adapter_dir else scorer
     if tokenizer.chat_template is None:
-        print(f"note: the tokenizer of {args.model} has no chat template; prompts are written in Gemma's turns")
+        if rank == 0:
+            print(f"note: the tokenizer of {args.model} has no chat template; prompts are written in Gemma's turns")
         tokenizer.chat_template = GEMMA_TURNS
     identity = {
         "model": name,
@@ -1285,34 +1357,59 @@ def run(args, held):
     }
     if finished and args.resume:
         refuse_other_evaluation(results_dir, read_metrics(results_dir)["run"], identity)
-        print(f"Finished    {results_dir} is complete; nothing is left to ask. --rescore prints its scores")
+        if rank == 0:
+            print(f"Finished    {results_dir} is complete; nothing is left to ask. --rescore prints its scores")
         return
-    held.enter_context(sole_process_in(results_dir))
-    if is_finished(results_dir) != finished:
-        sys.exit(f"error: {results_dir}: another process was at work there since this one started: run this again")
-    predictions = read_partial(partial_path, identity, queries, args)
-    comparison = read_comparison(args, results_dir, label, every_query, identity)
+    predictions = comparison = None
+    if rank == 0:
+        held.enter_context(sole_process_in(results_dir))
+        if is_finished(results_dir) != finished:
+            sys.exit(f"error: {results_dir}: another process was at work there since this one started: run this again")
+        predictions = read_partial(find_partial(results_dir), identity, queries, args)
+        comparison = read_comparison(args, results_dir, label, every_query, identity)
+        print(f"Model       {args.model}" + (f", commit {commit}" if commit else "") + f", {str(dtype).removeprefix('torch.')} on {device}")
+        print(f"Adapter     {adapter_dir or 'none: the untuned model with its own tokenizer'}")
+        if note := describe_other_split(args.test_file, training_run):
+            print(note)
+        print(f"Queries     {len(queries):,}" + (f", {len(predictions):,} of them already answered" if predictions else ""))
+        if others := set(find_partial(results_dir)) - {partial_path}:  # of processes that are no more
+            open_partial(partial_path, identity, predictions).close()
+            for path in others:
+                path.unlink()
+
+    def as_first_process_says(value):
+        if num_processes == 1:
+            return value
+        values = [value]
+        torch.distributed.broadcast_object_list(values, src=0)
+        return values[0]
+
+    predictions = as_first_process_says(predictions)
     done = {(prediction["conversation_id"], prediction["turn"]) for prediction in predictions}
     remaining = [query for query in queries if (query["conversation_id"], query["turn"]) not in done]
-
-    print(f"Model       {args.model}" + (f", commit {commit}" if commit else "") + f", {str(dtype).removeprefix('torch.')} on {device}")
-    print(f"Adapter     {adapter_dir or 'none: the untuned model with its own tokenizer'}")
-    if note := describe_other_split(args.test_file, training_run):
-        print(note)
-    print(f"Queries     {len(queries):,}" + (f", {len(done):,} of them already answered" if done else ""))
     start = time.monotonic()
     if remaining:
+        answered = []
         try:
             model = load_model(model_dir, adapter_dir, device, dtype)
-            with open_partial(partial_path, identity, predictions) as partial:
-                for batch in answer_queries(remaining, model, tokenizer, scorer, args):
+            tokens_at_once = as_first_process_says(count_tokens_that_fit(model))
+            with open_partial(partial_path, identity, [] if rank else predictions) as partial:
+                for batch in answer_queries(remaining, model, tokenizer, scorer, args, tokens_at_once, rank, num_processes):
                     lines = "".join(json.dumps(prediction, ensure_ascii=False) + "\n" for prediction in batch).encode()
                     if partial.write(lines) < len(lines):
                         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(partial_path))
                     os.fsync(partial.fileno())
-                    predictions += batch
+                    answered += batch
         except torch.OutOfMemoryError:
-            sys.exit(f"error: out of GPU memory: go on with --resume and a --batch-size below {args.batch_size}")
+            sys.exit("error: out of GPU memory with a single query: make room on the GPU, then go on with --resume")
+        shares = [answered]
+        if num_processes > 1:
+            shares = [None] * num_processes if rank == 0 else None
+            torch.distributed.gather_object(answered, shares)
+        if rank == 0:
+            predictions += itertools.chain.from_iterable(shares)
+    if rank:
+        return
     seconds = time.monotonic() - start
 
     place = {(query["conversation_id"], query["turn"]): position for position, query in enumerate(queries)}
@@ -1327,12 +1424,14 @@ def run(args, held):
         "arguments": {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()},
         "device": torch.cuda.get_device_name() if device == "cuda" else device,
         "dtype": str(dtype).removeprefix("torch."),
+        "processes": num_processes,
         "seconds": round(seconds, 1),
         "queries_in_these_seconds": len(remaining),
         "versions": {package: importlib.metadata.version(package) for package in ("torch", "transformers", "peft", "numpy")},
     }
     write_report(args, results_dir, label, name, every_query, predictions, comparison, facts)
-    partial_path.unlink(missing_ok=True)
+    for path in find_partial(results_dir):
+        path.unlink()
 
 
 def read_metrics(results_dir):
@@ -1348,7 +1447,7 @@ def read_metrics(results_dir):
 
 def rescore(args, results_dir, label, name, queries, test_sha256):
     """Score predictions.jsonl of an earlier evaluation again, or the file given with --predictions. Imports no torch."""
-    if (results_dir / "predictions.partial.jsonl").exists():
+    if find_partial(results_dir):
         sys.exit(f"error: {results_dir} holds an unfinished evaluation: go on with it with --resume before it is scored again")
     if args.predictions:
         predictions = read_predictions(args.predictions, queries)

@@ -2,12 +2,14 @@
 
 import hashlib
 import json
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import assert_fails_in_one_line, make_model, make_row, run_script, write_rows
+from conftest import ROOT, assert_fails_in_one_line, make_model, make_row, run_script, write_rows
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
@@ -263,6 +265,66 @@ def test_an_interrupted_evaluation_goes_on_where_it_stopped(tiny_model, splits, 
     calls.clear()
     evaluate(tuned, tiny_model, splits, "--output-dir", str(tmp_path / "cut"), "--resume")  # nothing is left to do, nor done
     assert not calls and (whole / "predictions.jsonl").read_bytes() == (cut / "predictions.jsonl").read_bytes()
+
+
+def test_batches_hold_the_tokens_that_fit_longest_prompts_first():
+    lengths = {0: 30, 1: 90, 2: 10, 3: 90, 4: 50, 5: 300}
+    args = evaluation.parse_args(["--max-new-tokens", "10"])
+    # 310 tokens with its output are more than 200, yet answered; then two of 100, three of at most 60
+    assert evaluation.plan_batches(lengths, args, 200) == [[5], [1, 3], [4, 0, 2]]
+    assert evaluation.plan_batches(lengths, args, 0) == [[5], [1], [3], [4], [0], [2]]
+    args = evaluation.parse_args(["--batch-size", "4"])
+    assert evaluation.plan_batches(lengths, args, 200) == [[5, 1, 3, 4], [0, 2]]
+
+
+def test_out_of_memory_a_batch_of_queries_is_halved(tiny_model, splits, tuned, tmp_path, monkeypatch):
+    evaluate(tuned, tiny_model, splits, "--output-dir", str(tmp_path / "whole"))
+    real, sizes = evaluation.generate_batch, []
+
+    def generate_on_a_small_gpu(model, prompts, *arguments):
+        sizes.append(len(prompts))
+        if len(prompts) > 3:
+            raise torch.OutOfMemoryError
+        return real(model, prompts, *arguments)
+
+    monkeypatch.setattr(evaluation, "generate_batch", generate_on_a_small_gpu)
+    evaluate(tuned, tiny_model, splits, "--output-dir", str(tmp_path / "small"), "--batch-size", "7")
+    # Of 14 queries: the second seven are not tried whole again, though four of them are, which are shorter than the four before.
+    assert sizes == [7, 3, 4, 2, 2, 3, 4, 2, 2]
+    whole, small = (tmp_path / name / tiny_model.name / "tuned" / "predictions.jsonl" for name in ("whole", "small"))
+    assert whole.read_bytes() == small.read_bytes()
+    monkeypatch.setattr(evaluation, "generate_batch", lambda *arguments: (_ for _ in ()).throw(torch.OutOfMemoryError))
+    with pytest.raises(SystemExit, match="out of GPU memory with a single query"):
+        evaluate(tuned, tiny_model, splits, "--output-dir", str(tmp_path / "none"))
+
+
+@pytest.mark.slow
+def test_two_processes_answer_as_one_also_after_a_kill(tiny_model, splits, tuned, tmp_path):
+    arguments = ["--model", tiny_model, "--test-file", splits / "function_calling_test.jsonl", "--max-new-tokens", "60", "--batch-size", "2",
+                 "--adapter", tuned / f"LoRA_{tiny_model.name}-function_calling"]
+    together = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", ROOT / SCRIPT, *arguments,
+                "--output-dir", tmp_path / "two"]
+    one = run_script(SCRIPT, *arguments, "--output-dir", tmp_path / "one", cwd=tuned)
+    assert one.returncode == 0, one.stderr
+    two = subprocess.run(list(map(str, together)), cwd=tuned, capture_output=True, text=True, timeout=300)
+    assert two.returncode == 0, two.stderr
+    assert two.stdout.count("Answered ") == 1  # one process speaks
+    whole, shared = (tmp_path / name / tiny_model.name / "tuned" for name in ("one", "two"))
+    assert (whole / "predictions.jsonl").read_bytes() == (shared / "predictions.jsonl").read_bytes()
+    metrics = [json.loads((folder / "metrics.json").read_text()) for folder in (whole, shared)]
+    assert metrics[0]["scores"] == metrics[1]["scores"] and [m["run"]["processes"] for m in metrics] == [1, 2]
+    assert {path.name for path in shared.iterdir()} == {"predictions.jsonl", "metrics.json"}
+
+    # What two processes had answered when they were killed: the first five queries of one, the next four of the other.
+    identity = {key: metrics[0]["run"][key] for key in (
+        "model", "commit", "weights_sha256", "adapter_sha256", "test_split_sha256", "chat_template_sha256", "limit", "max_new_tokens")}
+    lines = (shared / "predictions.jsonl").read_text().splitlines()
+    for name, answered in (("predictions.partial.jsonl", lines[:5]), ("predictions.partial.1.jsonl", lines[4:9])):
+        (shared / name).write_text("\n".join([json.dumps(identity), *answered, '{"torn']))
+    resumed = run_script(SCRIPT, *arguments, "--output-dir", tmp_path / "two", "--resume", cwd=tuned)
+    assert resumed.returncode == 0 and "14, 9 of them already answered" in resumed.stdout, resumed.stderr
+    assert (whole / "predictions.jsonl").read_bytes() == (shared / "predictions.jsonl").read_bytes()
+    assert {path.name for path in shared.iterdir()} == {"predictions.jsonl", "metrics.json"}
 
 
 def test_a_prompt_too_long_for_the_model_is_a_counted_failure(tmp_path, splits):
