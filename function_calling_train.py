@@ -708,6 +708,7 @@ def build_trainer(model, tokenizer, tag_ids, training, validation, args, device,
         fp16=False,
         activation_checkpointing=activation_checkpointing,
         dataloader_pin_memory=device == "cuda",
+        ddp_find_unused_parameters=False,  # every trained parameter has a part in every loss
         # Validation and checkpoints
         eval_strategy="steps",
         eval_steps=validation_steps,

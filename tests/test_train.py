@@ -548,6 +548,57 @@ def test_two_processes_give_the_losses_of_one(tiny_model, splits, tmp_path):
     assert two.stdout.count("Trained ") == 1  # one process speaks
 
 
+SHARDED = """
+import sys, torch
+from pathlib import Path
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+import function_calling_train as train
+
+args = train.parse_args(["--lora-dropout", "0"])
+tokenizer, pieces = train.claim_unused_slots(train.load_tokenizer(sys.argv[1]))
+tokenizer.chat_template = train.CHAT_TEMPLATE
+dataset, _ = train.build_dataset(Path(sys.argv[2]), tokenizer, args, show_progress=False)
+training, validation = train.hold_out_validation(dataset, args)
+model = train.load_base_model(sys.argv[1], dtype=torch.float32)
+train.start_tag_rows(model, pieces)
+trainer = train.build_trainer(model, tokenizer, list(pieces), training, validation, args, "cpu", torch.float32, Path("checkpoints"), 2)
+batch, model = trainer.data_collator([training[0], training[1]]), trainer.model
+
+def losses():
+    optimizer = torch.optim.AdamW([value for value in model.parameters() if value.requires_grad], lr=0.01)
+    for _ in range(3):
+        scored = model(**batch, fused_lm_head=True)
+        loss = -scored.log_probs.sum() / scored.label_mask.sum()
+        yield loss.item()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+start = {name: value.detach().clone() for name, value in model.named_parameters() if value.requires_grad}
+whole = list(losses())
+model.load_state_dict(start, strict=False)
+mesh = init_device_mesh("cpu", (2,))
+for layer in model.get_base_model().model.layers:
+    fully_shard(layer, mesh=mesh)
+fully_shard(model, mesh=mesh)
+assert {type(value).__name__ for value in model.parameters()} == {"DTensor"}
+torch.testing.assert_close(list(losses()), whole, atol=1e-5, rtol=0)
+assert whole[2] < whole[0] - 0.1
+"""
+
+
+@pytest.mark.slow
+def test_a_model_sharded_over_two_processes_gives_the_losses_of_the_whole(tiny_model, splits, tmp_path):
+    """FSDP2 as accelerate applies it on GPUs; on a CPU accelerate itself trains data-parallel whatever its config says."""
+    (tmp_path / "sharded.py").write_text(SHARDED)
+    process = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "sharded.py", str(tiny_model),
+         str(splits / "function_calling_train.jsonl")], cwd=tmp_path, capture_output=True, text=True, timeout=300,
+        env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert process.returncode == 0, process.stderr
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # What is refused
 
