@@ -21,6 +21,7 @@ from pathlib import Path
 
 import workload
 
+SIDES = ["published", "ours", "ours, recomputing activations"]
 PUBLISHED_CONVERSATIONS = 3332  # the published epoch: 833 steps of four
 DENSE_BF16_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}  # a second, by NVIDIA's data sheets
 
@@ -71,7 +72,7 @@ def measure(args):
     logging.set_verbosity_error()
     dtype = train.choose_device()[1] if args.device == "cuda" else torch.float32
     config = json.loads((args.model_dir / "config.json").read_text())
-    rows = workload.draw_rows(args.conversations, config["vocab_size"])
+    rows = workload.draw_rows(args.conversations, config["vocab_size"], args.length)
     steps = []
 
     class Clock(TrainerCallback):
@@ -131,6 +132,8 @@ def main():
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where to train (default: cpu)")
     parser.add_argument("--model", choices=list(workload.SHAPES), default="270m", help="shape of the model (default: 270m)")
     parser.add_argument("--conversations", type=int, help="conversations to train on, a multiple of 4, at least 8 (default: 16 on CPU, 400 on CUDA)")
+    parser.add_argument("--length", type=int, help="tokens of every conversation (default: spread as the published ones)")
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=SIDES, help="what to run (default: all)")
     parser.add_argument("--side", help=argparse.SUPPRESS)
     parser.add_argument("--model-dir", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -140,12 +143,12 @@ def main():
     if args.side:
         print(json.dumps(measure(args)))
         return
-    sides = ["published", "ours", "ours, recomputing activations"]
     with tempfile.TemporaryDirectory() as model_dir:
         workload.write_model(args.model, model_dir)
         arguments = ["--device", args.device, "--conversations", str(args.conversations), "--model-dir", model_dir]
-        results = {side: workload.run_side(__file__, side, arguments) for side in sides}
-        rows = workload.draw_rows(args.conversations, workload.FIRST_WORD + 1)
+        arguments += ["--length", str(args.length)] if args.length else []
+        results = {side: workload.run_side(__file__, side, arguments) for side in args.sides}
+        rows = workload.draw_rows(args.conversations, workload.FIRST_WORD + 1, args.length)
     lengths = [len(row["input_ids"]) for row in rows]
     title = (f"Training, shape of {args.model}, {args.conversations} conversations of {min(lengths)} to {max(lengths):,} tokens "
              f"(mean {math.fsum(lengths) / len(lengths):,.0f}); {workload.describe_machine(args.device)}")
@@ -157,7 +160,7 @@ def main():
         ("3,332 conversations at this pace (s)", "epoch_seconds", "{:,.0f}"),
         ("adapter file (MB)", "adapter_mb", "{:,.1f}"),
         ("model FLOP utilisation", "mfu", "{:.1%}"),
-    ], results, "published")
+    ], results, args.sides[0])
 
 
 if __name__ == "__main__":

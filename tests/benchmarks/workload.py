@@ -2,6 +2,7 @@
 process of its own for each side, and the table."""
 
 import json
+import math
 import os
 import random
 import statistics
@@ -49,26 +50,26 @@ def draw_turn(rng):
     return min(800, max(3, round(rng.lognormvariate(3.912, 1.18))))
 
 
-def draw_rows(num_rows, vocab_size, seed=0):
+def draw_rows(num_rows, vocab_size, length=None, seed=0):
     """`num_rows` rows {"input_ids", "labels"} of random tokens, spread evenly over the lengths of the published conversations.
 
-    Those are a log-normal of median 565 and mean about 650, 95 % under 1,200, and none over 4,096; so few rows have nearly the mean of
+    With `length`, all have this one. The published are about a log-normal of median 565 and mean about 650, 95 % under 1,200, and none over 4,096; so few rows have nearly the mean of
     all. About half of the tokens stand in model turns and carry a label.
     """
     rng = random.Random(seed)
     rows = []
     for number in range(num_rows):
         quantile = statistics.NormalDist().inv_cdf((number + 0.5) / num_rows)
-        length = min(4096, round(565 * 2.718281828 ** (0.5 * quantile)))
+        num_tokens = length or min(4096, round(565 * math.exp(0.5 * quantile)))
         ids, said = [2], [False]
-        while len(ids) < length:
+        while len(ids) < num_tokens:
             for is_model in (False, True):
                 turn = draw_turn(rng)
                 ids += [rng.randrange(FIRST_WORD, vocab_size) for _ in range(turn)]
                 said += [is_model] * turn
         labels = [token if is_model else -100 for token, is_model in zip(ids, said)]
         labels[1] = ids[1]  # a row that is cut short of its first model turn has something to learn, too
-        rows.append({"input_ids": ids[:length], "labels": labels[:length]})
+        rows.append({"input_ids": ids[:num_tokens], "labels": labels[:num_tokens]})
     rng.shuffle(rows)
     return rows
 
