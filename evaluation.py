@@ -985,15 +985,11 @@ def find_partial(results_dir):
     return sorted(results_dir.glob("predictions.partial*.jsonl"))
 
 
-def read_partial(paths, identity, queries, args):
-    """The predictions that an interrupted evaluation left; it ends the program if they are not to be used.
+def read_partial(paths, identity, queries):
+    """The predictions in the files of an unfinished evaluation; it ends the program if they are another's.
 
     A file's first line is `identity`, what the predictions depend on: an evaluation goes on only with its own.
     """
-    if not paths or args.overwrite:
-        return []
-    if not args.resume:
-        sys.exit(f"error: {paths[0]} holds an unfinished evaluation: --resume goes on with it, --overwrite starts anew")
     query_of = {(query["conversation_id"], query["turn"]): query for query in queries}
     found = {}
     for path in paths:
@@ -1337,8 +1333,8 @@ def run(args, held):
     if num_processes > 1:
         if device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        torch.distributed.init_process_group("gloo", timeout=timedelta(days=7))  # a share may take long
-        held.callback(torch.distributed.destroy_process_group)
+        # Where torchrun lets its processes leave each other notes. One may wait long for another to end its share.
+        store, _, _ = next(torch.distributed.rendezvous("env://", timeout=timedelta(days=7)))
     scorer = load_tokenizer(model_dir)  # the stock tokenizer: base and tuned are scored in the same tokens
     tokenizer = load_tokenizer(adapter_dir) if adapter_dir else scorer
     if tokenizer.chat_template is None:
@@ -1360,54 +1356,53 @@ def run(args, held):
         if rank == 0:
             print(f"Finished    {results_dir} is complete; nothing is left to ask. --rescore prints its scores")
         return
-    predictions = comparison = None
+    predictions, done = [], []
     if rank == 0:
         held.enter_context(sole_process_in(results_dir))
         if is_finished(results_dir) != finished:
             sys.exit(f"error: {results_dir}: another process was at work there since this one started: run this again")
-        predictions = read_partial(find_partial(results_dir), identity, queries, args)
+        if (partial_paths := find_partial(results_dir)) and not args.overwrite:
+            if not args.resume:
+                sys.exit(f"error: {partial_paths[0]} holds an unfinished evaluation: --resume goes on with it, --overwrite starts anew")
+            predictions = read_partial(partial_paths, identity, queries)
         comparison = read_comparison(args, results_dir, label, every_query, identity)
         print(f"Model       {args.model}" + (f", commit {commit}" if commit else "") + f", {str(dtype).removeprefix('torch.')} on {device}")
         print(f"Adapter     {adapter_dir or 'none: the untuned model with its own tokenizer'}")
         if note := describe_other_split(args.test_file, training_run):
             print(note)
         print(f"Queries     {len(queries):,}" + (f", {len(predictions):,} of them already answered" if predictions else ""))
-        if others := set(find_partial(results_dir)) - {partial_path}:  # of processes that are no more
+        if others := set(partial_paths) - {partial_path}:  # of processes that are no more
             open_partial(partial_path, identity, predictions).close()
             for path in others:
                 path.unlink()
+        done = [(prediction["conversation_id"], prediction["turn"]) for prediction in predictions]
 
-    def as_first_process_says(value):
-        if num_processes == 1:
-            return value
-        values = [value]
-        torch.distributed.broadcast_object_list(values, src=0)
-        return values[0]
+    def as_first_process_says(key, value):
+        if num_processes > 1 and rank == 0:
+            store.set(key, json.dumps(value))
+        return json.loads(store.get(key)) if rank else value
 
-    predictions = as_first_process_says(predictions)
-    done = {(prediction["conversation_id"], prediction["turn"]) for prediction in predictions}
+    done = set(map(tuple, as_first_process_says("done", done)))
     remaining = [query for query in queries if (query["conversation_id"], query["turn"]) not in done]
     start = time.monotonic()
     if remaining:
-        answered = []
         try:
             model = load_model(model_dir, adapter_dir, device, dtype)
-            tokens_at_once = as_first_process_says(count_tokens_that_fit(model))
-            with open_partial(partial_path, identity, [] if rank else predictions) as partial:
+            tokens_at_once = as_first_process_says("tokens_at_once", count_tokens_that_fit(model))
+            with open_partial(partial_path, identity, predictions) as partial:
                 for batch in answer_queries(remaining, model, tokenizer, scorer, args, tokens_at_once, rank, num_processes):
                     lines = "".join(json.dumps(prediction, ensure_ascii=False) + "\n" for prediction in batch).encode()
                     if partial.write(lines) < len(lines):
                         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(partial_path))
                     os.fsync(partial.fileno())
-                    answered += batch
+                    predictions += batch
         except torch.OutOfMemoryError:
             sys.exit("error: out of GPU memory with a single query: make room on the GPU, then go on with --resume")
-        shares = [answered]
-        if num_processes > 1:
-            shares = [None] * num_processes if rank == 0 else None
-            torch.distributed.gather_object(answered, shares)
-        if rank == 0:
-            predictions += itertools.chain.from_iterable(shares)
+        if rank:
+            store.set(f"process {rank}", "has answered its share")
+        elif num_processes > 1:
+            store.wait([f"process {other}" for other in range(1, num_processes)])
+            predictions = read_partial(find_partial(results_dir), identity, queries)
     if rank:
         return
     seconds = time.monotonic() - start
