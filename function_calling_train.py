@@ -450,14 +450,14 @@ def choose_device():
     return "cpu", torch.float32
 
 
-def keep_the_vocabulary_out_of_the_way(model):
-    """Train the tags' rows and score the labelled positions without another tensor of the size of Gemma's embedding.
+def replace_embedding_and_head(model):
+    """Give the model an embedding and a scoring head that make no other tensor of the size of Gemma's vocabulary.
 
     `model` is the base model inside the adapter, as SFTTrainer has patched it. PEFT copies all 262,144 rows in each pass to change
     eight of them, autograd makes a gradient for every one, and off CUDA TRL scores all positions. Here the tags' rows are put in
     beside the frozen embedding, and the head works through the labelled positions in chunks: with softmax p over the rows w of
-    the head, the slope of log p(target) is w(target) - sum of p(v) w(v), so that the backward pass needs no logits. The call
-    still passes through the model's forward, so data-parallel training sees it; loss and gradients are those of TRL.
+    the head, the slope of log p(target) is the sum over v of ([v = target] - p(v)) w(v), so the backward pass needs no logits.
+    The call still passes through the model's forward, so data-parallel training sees it; loss and gradients are those of TRL.
     """
     import torch
     from trl.trainer.utils import FusedCausalLMOutput
@@ -491,10 +491,11 @@ def keep_the_vocabulary_out_of_the_way(model):
                 log_probs.append((target_logit - highest - normalizer.log())[:, 0])
                 is_top1.append((target_logit == highest)[:, 0])
                 if ctx.needs_input_grad[0]:
-                    probs = probs.div_(normalizer).to(weight.dtype)
-                    tag_probs, is_tag = probs[:, tags], (target[:, None] == tags).to(weight.dtype)
-                    tag_slopes.append(is_tag - tag_probs)
-                    slopes.append(weight[target] - probs @ weight + tag_slopes[-1] @ tag_changes)
+                    logit_slopes = probs.div_(normalizer).neg_()
+                    logit_slopes[torch.arange(len(target)), target] += 1  # before any rounding: bf16 cannot tell 1 - p from 0
+                    logit_slopes = logit_slopes.to(weight.dtype)
+                    tag_slopes.append(logit_slopes[:, tags])
+                    slopes.append(logit_slopes @ weight + tag_slopes[-1] @ tag_changes)
             if ctx.needs_input_grad[0]:
                 ctx.save_for_backward(hidden, torch.cat(slopes), torch.cat(tag_slopes))
             is_top1 = torch.cat(is_top1)
@@ -737,7 +738,7 @@ def build_trainer(model, tokenizer, tag_ids, training, validation, args, device,
             parameter.data = parameter.data.float()
     # TRL reads lm_head.bias, which PEFT's wrapper around the tied head does not pass on.
     trainer.model.get_output_embeddings().bias = None
-    keep_the_vocabulary_out_of_the_way(trainer.model.get_base_model())
+    replace_embedding_and_head(trainer.model.get_base_model())
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     trainer.progress = RunProgress()

@@ -60,12 +60,13 @@ def with_published_lora_placement(train, evaluation):
             logits = model.lm_head(hidden[mask])
             values = -torch.nn.functional.cross_entropy(logits, targets[mask], reduction="none")
             log_probs = values.new_zeros(mask.shape).masked_scatter(mask, values)
-            return FusedCausalLMOutput(log_probs=log_probs, entropy=0 * log_probs, is_top1=mask & False, label_mask=mask)
+            return FusedCausalLMOutput(log_probs=log_probs, entropy=torch.zeros_like(log_probs),
+                                       is_top1=torch.zeros_like(mask), label_mask=mask)
 
         model.forward = score
 
     train.lora_config = lora_everywhere
-    train.keep_the_vocabulary_out_of_the_way = score_through_the_adapted_head
+    train.replace_embedding_and_head = score_through_the_adapted_head
     evaluation.load_model = load_unmerged
     # TRL refuses LoRA on the head, since its own scoring passes it by; the one above does not.
     trl.trainer.sft_trainer.BaseTunerLayer = type("NoLayer", (), {})
