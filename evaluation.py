@@ -714,6 +714,9 @@ def choose_device():
     import torch
 
     if torch.cuda.is_available():
+        if int(os.environ.get("LOCAL_RANK", 0)) >= torch.cuda.device_count():
+            sys.exit(f"error: torchrun started more processes than there are GPUs ({torch.cuda.device_count()}): give a smaller "
+                     "--nproc_per_node")
         return "cuda", torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
     if torch.backends.mps.is_available():
         return "mps", torch.float32
@@ -800,7 +803,8 @@ def count_tokens_that_fit(model):
     """About how many tokens, of prompts, padding and outputs, can be in generation at once.
 
     A token takes its keys and values, twice while they grow, and its share of the widest layer while prompts are read. Half
-    of the free memory is left alone. On a CPU little is gained by more than the number given here.
+    of the free memory is left alone. More than the numbers given here would gain little, and make what a kill costs, and what
+    several processes wait for each other, longer.
     """
     import psutil
     import torch
@@ -809,7 +813,8 @@ def count_tokens_that_fit(model):
     numbers = 4 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim + 6 * config.intermediate_size
     on_gpu = model.device.type == "cuda"
     free = torch.cuda.mem_get_info()[0] if on_gpu else psutil.virtual_memory().available
-    return min(free // 2 // (numbers * model.dtype.itemsize), 10**9 if on_gpu else 32_768)
+    num_sharing = 1 if on_gpu else int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return min(free // num_sharing // 2 // (numbers * model.dtype.itemsize), 131_072 if on_gpu else 32_768)
 
 
 def plan_batches(lengths, args, tokens_at_once):
@@ -1311,10 +1316,11 @@ def run(args, held):
     if rank == 0 and results_dir.is_dir():
         with sole_process_in(results_dir):
             pass
-    if not finished and not find_partial(results_dir) and (results_dir / "predictions.jsonl").exists() and not args.overwrite:
+    holds_answers = (results_dir / "predictions.jsonl").exists()
+    if rank == 0 and holds_answers and not finished and not find_partial(results_dir) and not args.overwrite:
         sys.exit(f"error: {results_dir} holds predictions, but no metrics.json that says what they are of: score a copy of them with "
                  "--predictions FILE, or --overwrite them")
-    if finished and not (args.resume or args.overwrite):
+    if rank == 0 and finished and not (args.resume or args.overwrite):
         sys.exit(f"error: {results_dir} holds a finished evaluation: --overwrite replaces it, --rescore scores it again")
     is_local = Path(args.model).expanduser().is_dir()
     model_dir, commit = find_model(args.model, args.revision or (None if is_local else training_run.get("commit")))
@@ -1351,12 +1357,18 @@ def run(args, held):
         "limit": args.limit,
         "max_new_tokens": args.max_new_tokens,
     }
+    def as_first_process_says(key, value):
+        if num_processes > 1 and rank == 0:
+            store.set(key, json.dumps(value))
+        return json.loads(store.get(key)) if rank else value
+
+    finished = as_first_process_says("finished", finished)
     if finished and args.resume:
         refuse_other_evaluation(results_dir, read_metrics(results_dir)["run"], identity)
         if rank == 0:
             print(f"Finished    {results_dir} is complete; nothing is left to ask. --rescore prints its scores")
         return
-    predictions, done = [], []
+    predictions, done, tokens_at_once = [], [], None
     if rank == 0:
         held.enter_context(sole_process_in(results_dir))
         if is_finished(results_dir) != finished:
@@ -1376,11 +1388,6 @@ def run(args, held):
             for path in others:
                 path.unlink()
         done = [(prediction["conversation_id"], prediction["turn"]) for prediction in predictions]
-
-    def as_first_process_says(key, value):
-        if num_processes > 1 and rank == 0:
-            store.set(key, json.dumps(value))
-        return json.loads(store.get(key)) if rank else value
 
     done = set(map(tuple, as_first_process_says("done", done)))
     remaining = [query for query in queries if (query["conversation_id"], query["turn"]) not in done]
@@ -1403,6 +1410,8 @@ def run(args, held):
         elif num_processes > 1:
             store.wait([f"process {other}" for other in range(1, num_processes)])
             predictions = read_partial(find_partial(results_dir), identity, queries)
+            if len(predictions) < len(queries):
+                sys.exit(f"error: {results_dir} lacks answers of a process: all must write into the same folder; go on with --resume")
     if rank:
         return
     seconds = time.monotonic() - start
@@ -1420,6 +1429,7 @@ def run(args, held):
         "device": torch.cuda.get_device_name() if device == "cuda" else device,
         "dtype": str(dtype).removeprefix("torch."),
         "processes": num_processes,
+        "tokens_at_once": tokens_at_once,
         "seconds": round(seconds, 1),
         "queries_in_these_seconds": len(remaining),
         "versions": {package: importlib.metadata.version(package) for package in ("torch", "transformers", "peft", "numpy")},

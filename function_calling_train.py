@@ -444,6 +444,9 @@ def choose_device():
     import torch
 
     if torch.cuda.is_available():
+        if int(os.environ.get("LOCAL_RANK", 0)) >= torch.cuda.device_count():
+            sys.exit(f"error: torchrun started more processes than there are GPUs ({torch.cuda.device_count()}): give a smaller "
+                     "--nproc_per_node")
         return "cuda", torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
     if torch.backends.mps.is_available():
         return "mps", torch.float32
@@ -462,7 +465,7 @@ def replace_embedding_and_head(model):
     import torch
     from trl.trainer.utils import FusedCausalLMOutput
 
-    chunk_size = 256  # positions; their fp32 logits over Gemma's vocabulary are 268 MB
+    chunk_size = 256  # positions; their fp32 logits over Gemma's vocabulary are 268 MB, and in bf16 half as much again
     token_adapter = model.get_input_embeddings().token_adapter
     embedding = token_adapter.base_layer  # tied: its weight is the head's
     tag_ids = torch.tensor(token_adapter.token_indices["default"])
@@ -492,7 +495,7 @@ def replace_embedding_and_head(model):
                 is_top1.append((target_logit == highest)[:, 0])
                 if ctx.needs_input_grad[0]:
                     logit_slopes = probs.div_(normalizer).neg_()
-                    logit_slopes[torch.arange(len(target)), target] += 1  # before any rounding: bf16 cannot tell 1 - p from 0
+                    logit_slopes[torch.arange(len(target), device=target.device), target] += 1  # before any rounding: bf16 cannot tell 1 - p from 0
                     logit_slopes = logit_slopes.to(weight.dtype)
                     tag_slopes.append(logit_slopes[:, tags])
                     slopes.append(logit_slopes @ weight + tag_slopes[-1] @ tag_changes)
@@ -574,7 +577,8 @@ def build_trainer(model, tokenizer, tag_ids, training, validation, args, device,
     batch_size = args.batch_size or (args.conversations_per_step // num_processes if device == "cuda" else 1)
     longest = max(map(len, training["input_ids"]))
     activation_checkpointing = args.activation_checkpointing or (
-        device != "cuda" and batch_size * longest * activation_bytes_per_token(model) > psutil.virtual_memory().available
+        device != "cuda"
+        and batch_size * longest * activation_bytes_per_token(model) > psutil.virtual_memory().available / num_processes
     )
     labels_per_row = sum(label != -100 for row in validation["labels"] for label in row[1:]) / len(validation)
 
@@ -601,18 +605,23 @@ def build_trainer(model, tokenizer, tag_ids, training, validation, args, device,
             return self.sum_over_parts(inputs, share_of_the_mean), None, None
 
         def sum_over_parts(self, inputs, compute):
-            """The sum of compute(part) over the parts that `inputs` must be cut into; smaller ones after running out of memory."""
-            trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+            """The sum of compute(part) over the parts that `inputs` must be cut into; smaller ones after running out of memory.
+
+            What was too much once is not tried again in this run.
+            """
+            may_try_again = num_processes == 1  # of several, the others would wait for this one
+            trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad] if may_try_again else []
             before = [None if parameter.grad is None else parameter.grad.clone() for parameter in trained]
             while True:
                 try:
                     total = 0.0
-                    for rows in torch.arange(len(inputs["input_ids"])).split(self.conversations_at_once):
+                    for start in range(0, len(inputs["input_ids"]), self.conversations_at_once):
+                        rows = slice(start, start + self.conversations_at_once)
                         width = int(inputs["attention_mask"][rows].sum(1).max())
                         total += compute({name: values[rows, :width] for name, values in inputs.items()})
                     return total
                 except torch.OutOfMemoryError:
-                    if num_processes > 1 or not self.needs_less_memory():  # the others would wait for this one
+                    if not (may_try_again and self.needs_less_memory()):
                         raise
                 for parameter, gradient in zip(trained, before):  # what a part left behind is not counted twice
                     parameter.grad = None if gradient is None else gradient.clone()
@@ -1064,9 +1073,9 @@ def run(args, held):
     # Whatever can be refused is refused before anything heavy is loaded, and before anything is written.
     split_sha256 = check_split(args.train_file)
     if args.conversations_per_step % ((args.batch_size or 1) * num_processes):
-        batches = f" in batches of {args.batch_size}" if args.batch_size else ""
+        batches, flags = (f" in batches of {args.batch_size}", "--batch-size or ") if args.batch_size else ("", "")
         sys.exit(f"error: {args.conversations_per_step} conversations per step cannot be shared out to {num_processes} process(es)"
-                 f"{batches}: change --batch-size or --conversations-per-step")
+                 f"{batches}: change {flags}--conversations-per-step")
     if args.report_to != "none" and importlib.util.find_spec(args.report_to) is None:
         sys.exit(f"error: --report-to {args.report_to} needs a package that is not installed: pip install {args.report_to}")
     unfinished, finished = look_for_runs(output_dir, checkpoint_dir)

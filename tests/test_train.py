@@ -214,6 +214,33 @@ def test_loss_and_gradients_are_those_of_the_full_logits(tiny_model, splits, tag
         assert abs(trainer.compute_loss(model, dict(batch)).item() - full.item()) < 1e-5
 
 
+def test_in_bf16_a_likely_token_still_has_a_slope(tiny_model, splits, tagged, tmp_path, monkeypatch):
+    """As on a GPU: the head alone, with hidden states that make the target (a tag among them) all but certain."""
+    from types import SimpleNamespace
+
+    trainer = build(tiny_model, splits, tagged, tmp_path)
+    model = trainer.model.bfloat16().get_base_model()
+    delta = next(value for name, value in model.named_parameters() if "trainable_tokens_delta" in name)
+    torch.manual_seed(0)
+    delta.data.normal_(std=float(model.get_output_embeddings().weight.std()))  # as new, the tags' rows are much alike
+    weight = model.get_output_embeddings().weight.detach().double()  # PEFT's own: the tags' rows are put in
+    targets = torch.tensor([10, 11, 40, 41, 42, 43])  # <tool_call> and </tool_call> are among them
+    states = (17 * weight[targets] / weight[targets].square().sum(1, keepdim=True)).to(torch.bfloat16)
+    hidden = torch.cat([states, states[:1]])[None].requires_grad_()  # what the last position says is not scored
+    monkeypatch.setattr(model.model, "forward", lambda *inputs, **options: SimpleNamespace(last_hidden_state=hidden))
+    scored = model(fused_lm_head=True, labels=torch.cat([targets[:1], targets])[None])
+    scored.log_probs.sum().backward()
+
+    exact = hidden.detach().double()[0, :-1].requires_grad_()
+    rows = weight[6:14].clone().requires_grad_()
+    log_probs = (exact @ torch.cat([weight[:6], rows, weight[14:]]).T).log_softmax(-1)[range(6), targets]
+    log_probs.sum().backward()
+    assert 0.9 < log_probs.exp().min() and 0.998 < log_probs.exp().max()
+    for ours, reference in ((hidden.grad[0, :-1], exact.grad), (delta.grad[4:6], rows.grad[4:6])):
+        error = (ours.double() - reference).norm(dim=1) / reference.norm(dim=1)
+        assert error.max() < 0.2  # the logits themselves are rounded to bf16, to 0.06 of about 17
+
+
 def test_labels_of_a_batch_are_those_of_its_rows(tiny_model, splits, tagged, tmp_path):
     """Whatever the library does between our rows and the model, it adds no <bos> or <eos> and labels nothing more."""
     trainer = build(tiny_model, splits, tagged, tmp_path)
@@ -409,8 +436,9 @@ def test_a_run_may_go_on_with_another_batch_size(tiny_model, splits, tmp_path, m
     assert whole["tokens_seen"] == parts["tokens_seen"]
 
 
-def test_out_of_memory_a_batch_is_halved_and_then_its_activations_recomputed(tiny_model, splits, tmp_path, monkeypatch, capsys):
-    """A batch of two fits only in the first step, one alone only with its activations recomputed; losses stay the same."""
+@pytest.mark.parametrize("batch_size", ["4", "2"])  # a step at once, and in two batches: the gradients of the first stay
+def test_out_of_memory_a_batch_is_halved_and_then_its_activations_recomputed(tiny_model, splits, tmp_path, monkeypatch, capsys, batch_size):
+    """At first two conversations fit, later one alone with its activations recomputed; losses stay the same."""
     arguments = ["--model", str(tiny_model), "--train-file", str(splits / "function_calling_train.jsonl"), "--lora-dropout", "0",
                  "--learning-rate", "0.01", "--max-steps", "6"]
     monkeypatch.chdir(tmp_path)
@@ -434,11 +462,11 @@ def test_out_of_memory_a_batch_is_halved_and_then_its_activations_recomputed(tin
         return trainer
 
     monkeypatch.setattr(train, "build_trainer", build_for_a_small_gpu)
-    train.main([*arguments, "--output-dir", "small", "--batch-size", "4"])
+    train.main([*arguments, "--output-dir", "small", "--batch-size", batch_size])
     output = capsys.readouterr().out
-    for memory_use in ("2 conversations at once, their activations kept", "1 conversation at once, their activations kept",
-                       "1 conversation at once, their activations recomputed"):
+    for memory_use in ("1 conversation at once, their activations kept", "1 conversation at once, their activations recomputed"):
         assert f"note: out of memory; going on with {memory_use}" in output
+    assert ("going on with 2 conversations at once, their activations kept" in output) == (batch_size == "4")
     whole, small = (json.loads((tmp_path / name / "training_run.json").read_text()) for name in ("whole", "small"))
     assert small["conversations_at_once"] == 1 and small["activations"] == "recomputed" and whole["activations"] == "kept"
     assert whole["training_losses"] == pytest.approx(small["training_losses"], abs=1e-4)

@@ -21,8 +21,6 @@ from pathlib import Path
 import workload
 
 
-
-
 def draw_queries(num_queries, max_new_tokens, vocab_size):
     """Prompts as lists of token ids, the last of which says how many tokens the model is to answer."""
     prompts, rng = [], random.Random(1)
@@ -116,7 +114,7 @@ def main():
         arguments = ["--device", args.device, "--queries", str(args.queries), "--max-new-tokens", str(args.max_new_tokens),
                      "--model-dir", model_dir]
         results = {side: workload.run_side(__file__, side, arguments) for side in ("published", "ours")}
-    lengths = [len(prompt) for prompt in draw_queries(args.queries, args.max_new_tokens, workload.FIRST_WORD + 1)]
+    lengths = [len(prompt) for prompt in draw_queries(args.queries, args.max_new_tokens, workload.vocab_size(args.model))]
     title = (f"Generation, shape of {args.model}, {args.queries:,} prompts of {min(lengths)} to {max(lengths):,} tokens (mean "
              f"{sum(lengths) / len(lengths):,.0f}), at most {args.max_new_tokens} new ones; {workload.describe_machine(args.device)}")
     workload.print_table(title, [

@@ -9,8 +9,9 @@ JSONL. Rows are made up, in the dataset's layout, about 2,700 characters each. N
 """
 
 import argparse
+import contextlib
+import io
 import json
-import os
 import sys
 import tempfile
 import time
@@ -59,9 +60,8 @@ def measure(args):
         else:
             import prepare_function_calling_dataset as prepare
 
-            sys.stdout, stdout = open(os.devnull, "w"), sys.stdout
-            prepare.main(["--dataset", str(args.source), "--output-dir", folder])
-            sys.stdout = stdout
+            with contextlib.redirect_stdout(io.StringIO()):
+                prepare.main(["--dataset", str(args.source), "--output-dir", folder])
         seconds = time.perf_counter() - start
     return {"rows_per_second": args.rows / seconds, "seconds": seconds, "peak_gb": workload.peak_memory("cpu")}
 

@@ -109,21 +109,23 @@ def measure(args):
     if args.device == "cuda":
         peak = next((flops for name, flops in DENSE_BF16_FLOPS.items() if name in torch.cuda.get_device_name()), None)
         if peak and steps[1:]:
-            result["mfu"] = count_flops(config, rows) / seconds / peak
+            result["mfu"] = count_flops(config, rows, scores_all=args.side == "published") / seconds / peak
     return result
 
 
-def count_flops(config, rows):
+def count_flops(config, rows, scores_all):
     """FLOP of one pass over `rows` with LoRA: 4 a parameter and token (2 forward, 2 backward to the inputs; the frozen weights
-    take no gradient), and causal attention forward and backward. Recomputed activations and LoRA itself do not count."""
+    take no gradient), the head's for the positions that are scored, and causal attention forward and backward. Recomputed
+    activations and LoRA itself do not count."""
     hidden, layers, width = config["hidden_size"], config["num_hidden_layers"], config["num_attention_heads"] * config["head_dim"]
     per_layer = hidden * (2 * width + 2 * config["num_key_value_heads"] * config["head_dim"] + 3 * config["intermediate_size"])
-    parameters = layers * per_layer + config["vocab_size"] * hidden
     flops = 0
     for row in rows:
         length = len(row["input_ids"])
         seen = [min(length, config["sliding_window"] if kind == "sliding_attention" else length) for kind in config["layer_types"]]
-        flops += 4 * parameters * length + sum(3 * 4 * length * window / 2 * width for window in seen)
+        num_scored = length if scores_all else sum(label != -100 for label in row["labels"])
+        flops += 4 * (layers * per_layer * length + config["vocab_size"] * hidden * num_scored)
+        flops += sum(3 * 4 * window * (length - window / 2) * width for window in seen)
     return flops
 
 

@@ -23,12 +23,16 @@ END_OF_TURN = 106
 FIRST_WORD = 300  # token ids from here on are plain words
 
 
+def vocab_size(size):
+    return SHAPES[size].get("vocab_size", 262_144)
+
+
 def write_model(size, folder):
     """A model of the shape of gemma-3-270m or 1b with random weights, stored in bf16 as Gemma's are."""
     import torch
     from transformers import AutoModelForCausalLM, Gemma3TextConfig
 
-    config = Gemma3TextConfig(**{"vocab_size": 262_144, "num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 256,
+    config = Gemma3TextConfig(**{"vocab_size": vocab_size(size), "num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 256,
                                  "sliding_window": 512, "query_pre_attn_scalar": 256, "max_position_embeddings": 32_768,
                                  "tie_word_embeddings": True, **SHAPES[size]})
     torch.manual_seed(0)
@@ -98,7 +102,7 @@ def run_side(script, side, arguments):
 
 
 def print_table(title, rows, sides, reference):
-    """A table with a line for each of `rows`, (label, key, format, whether more is better), against the side `reference`."""
+    """A table with a line for each of `rows`, (label, key, format), and the ratio of each side to the side `reference`."""
     names = list(sides)
     print(f"\n{title}\n")
     print("| | " + " | ".join(names) + " | " + " | ".join(f"{name} : {reference}" for name in names if name != reference) + " |")
