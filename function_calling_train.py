@@ -117,8 +117,8 @@ def parse_args(argv=None):
     add("--validation-size", "share of the conversations held out for validation", type=float, default=0.2)
     add("--seed", "seed of the validation split, the LoRA matrices, the order and the dropout", type=int, default=42)
     # Hardware
-    add("--batch-size", "conversations a device holds at once; must divide those of a step (default: as many as its memory holds, "
-        "1 on a CPU)", type=int)
+    add("--batch-size", "conversations a device holds at once; must divide those of a step (default: as many as a CUDA GPU's memory "
+        "holds, 1 elsewhere)", type=int)
     add("--activation-checkpointing", "recompute activations: slower, less memory (default: only where memory is short)",
         action="store_true")
     add("--load-in-4bit", "QLoRA: hold the base model in 4 bits (nf4); needs CUDA", action="store_true")
@@ -495,7 +495,8 @@ def replace_embedding_and_head(model):
                 is_top1.append((target_logit == highest)[:, 0])
                 if ctx.needs_input_grad[0]:
                     logit_slopes = probs.div_(normalizer).neg_()
-                    logit_slopes[torch.arange(len(target), device=target.device), target] += 1  # before any rounding: bf16 cannot tell 1 - p from 0
+                    # Before any rounding: bf16 cannot tell 1 - p of a likely token from 0.
+                    logit_slopes[torch.arange(len(target), device=target.device), target] += 1
                     logit_slopes = logit_slopes.to(weight.dtype)
                     tag_slopes.append(logit_slopes[:, tags])
                     slopes.append(logit_slopes @ weight + tag_slopes[-1] @ tag_changes)
