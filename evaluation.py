@@ -950,7 +950,7 @@ def check_prediction(line, query_of, found):
     if not isinstance(prediction["output"], str):
         raise ValueError("output is no text")
     if reason not in FINISH_REASONS:
-        raise ValueError(f"finish_reason is none of {', '.join(FINISH_REASONS)}")
+        raise ValueError(f"finish_reason is none of {', '.join([*FINISH_REASONS, *SERVER_REASONS])}")
     query = query_of[key]
     return {
         **{field: query[field] for field in ("conversation_id", "turn", "kind", "reference")},
@@ -968,7 +968,8 @@ def read_predictions(path, queries):
     it is None. A line that is no prediction of this split ends the program.
     """
     if not path.is_file():
-        sys.exit(f"error: {path} not found: run evaluation.py without --rescore first, or give --predictions")
+        kind = "a folder" if path.is_dir() else "a pipe or a device, which cannot be read twice" if path.exists() else "not found"
+        sys.exit(f"error: {path}: {kind}; give a file with --predictions, or run evaluation.py without --rescore first")
     query_of = {(query["conversation_id"], query["turn"]): query for query in queries}
     found = {}
     with open(path, "rb") as file:
@@ -1238,7 +1239,7 @@ def read_comparison(args, results_dir, label, queries, facts):
 
 
 def write_report(args, results_dir, label, name, queries, predictions, comparison, facts):
-    """Judge the predictions, write metrics.json (with `facts` of the run) and comparison.png, and print the table.
+    """Judge the predictions, write metrics.json (with `facts` of the run) and comparison.png, end what was unfinished, print the table.
 
     `queries` are all of the test split: those of the base model may be others than those of `predictions`. `comparison` comes
     from read_comparison.
@@ -1262,6 +1263,8 @@ def write_report(args, results_dir, label, name, queries, predictions, compariso
             if tuned["run"]["test_split_sha256"] == facts["test_split_sha256"] and {"scores", "failures"} <= tuned.keys():
                 runs.append(("tuned", tuned))
     plot_comparison(runs, name, chart_dir / "comparison.png")
+    for path in find_partial(results_dir):  # before anything is printed, which may fail where nobody reads it
+        path.unlink()
     published = {}
     for position, kind in enumerate(KINDS if name in PUBLISHED else ()):
         base_score, *tuned_scores = (scores[position] for scores in PUBLISHED[name].values())
@@ -1435,8 +1438,6 @@ def run(args, held):
         "versions": {package: importlib.metadata.version(package) for package in ("torch", "transformers", "peft", "numpy")},
     }
     write_report(args, results_dir, label, name, every_query, predictions, comparison, facts)
-    for path in find_partial(results_dir):
-        path.unlink()
 
 
 def read_metrics(results_dir):
@@ -1502,6 +1503,9 @@ def exit_cleanly(main):
     except KeyboardInterrupt:
         print("\ninterrupted: run the same command with --resume (in place of --overwrite) to go on", file=sys.stderr)
         sys.exit(130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still to be flushed has no reader either
+        sys.exit("error: standard output was closed; files are complete as far as they were said to be written, and --resume goes on")
     except OSError as error:
         if is_disk_full(error):
             sys.exit(f"error: a file could not be written ({first_line(error)}): make room on the disk, then run the same command; "

@@ -168,3 +168,7 @@ def splits(tmp_path_factory):
     source = write_rows(folder / "rows.jsonl", [make_row(number) for number in range(40)])
     prepare.main(["--dataset", str(source), "--output-dir", str(folder / "processed_data")])
     return folder / "processed_data"
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: "sample_run" not in item.name)  # by far the longest: last, it would keep a core idle

@@ -571,6 +571,7 @@ def test_predictions_that_do_not_fit_the_split_are_refused(tmp_path, tiny_model)
                         ('{"conversation_id": "0", "turn": 1, "output": "", "finish_reason": "?"}', ["none of end_of_turn"])):
         (tmp_path / "p.jsonl").write_text(line + "\n")
         assert_fails_in_one_line(run_script(SCRIPT, *arguments, cwd=tmp_path), "p.jsonl, line ", *words)
-    assert_fails_in_one_line(run_script(SCRIPT, "--model", tiny_model, "--rescore", "--baseline", cwd=tmp_path), "predictions.jsonl not found")
+    assert_fails_in_one_line(run_script(SCRIPT, "--model", tiny_model, "--rescore", "--baseline", cwd=tmp_path), "predictions.jsonl: not found")
+    assert_fails_in_one_line(run_script(SCRIPT, "--model", tiny_model, "--predictions", "/dev/null", cwd=tmp_path), "/dev/null: a pipe or a device")
     (tmp_path / "base.jsonl").write_text("")
     assert_fails_in_one_line(run_script(SCRIPT, "--model", tiny_model, "--predictions", "base.jsonl", cwd=tmp_path), "another one")

@@ -72,6 +72,8 @@ def main():
     parser.add_argument("--side", help=argparse.SUPPRESS)
     parser.add_argument("--source", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.rows < 10:
+        parser.error("--rows must be at least 10")
     if args.side:
         print(json.dumps(measure(args)))
         return
