@@ -231,14 +231,15 @@ def test_in_bf16_a_likely_token_still_has_a_slope(tiny_model, splits, tagged, tm
     scored = model(fused_lm_head=True, labels=torch.cat([targets[:1], targets])[None])
     scored.log_probs.sum().backward()
 
-    exact = hidden.detach().double()[0, :-1].requires_grad_()
-    rows = weight[6:14].clone().requires_grad_()
-    log_probs = (exact @ torch.cat([weight[:6], rows, weight[14:]]).T).log_softmax(-1)[range(6), targets]
-    log_probs.sum().backward()
-    assert 0.9 < log_probs.exp().min() and 0.998 < log_probs.exp().max()
-    for ours, reference in ((hidden.grad[0, :-1], exact.grad), (delta.grad[4:6], rows.grad[4:6])):
+    # By hand, in fp64, from the very logits that bf16 leaves: their own rounding depends on the machine and is not judged here.
+    states, rows = hidden.detach()[0, :-1], delta.detach().bfloat16()
+    logits = (states @ model.get_output_embeddings().token_adapter.base_layer.weight.detach().T).double()
+    logits[:, 6:14] = (states @ rows.T).double()
+    slopes = torch.nn.functional.one_hot(targets, logits.shape[1]) - logits.softmax(-1)
+    assert 0.998 < logits.softmax(-1)[range(6), targets].max()
+    for ours, reference in ((hidden.grad[0, :-1], slopes @ weight), (delta.grad, slopes[:, 6:14].T @ states.double())):
         error = (ours.double() - reference).norm(dim=1) / reference.norm(dim=1)
-        assert error.max() < 0.2  # the logits themselves are rounded to bf16, to 0.06 of about 17
+        assert error[reference.norm(dim=1) > 1e-4].max() < 0.05
 
 
 def test_labels_of_a_batch_are_those_of_its_rows(tiny_model, splits, tagged, tmp_path):
@@ -325,7 +326,7 @@ def test_reloaded_merged_and_trained_models_agree(tiny_model, splits, tagged, ad
         reloaded = PeftModel.from_pretrained(base, adapter).eval()(input_ids).logits
         merged_model = AutoModelForCausalLM.from_pretrained(f"{adapter}-merged")
         merged = merged_model(input_ids).logits
-    assert torch.equal(reloaded, trained)
+    assert (reloaded - trained).abs().max() < 1e-3  # trained in two processes, which may round differently
     assert (merged - reloaded).abs().max() < 1e-4
     assert (reloaded - stock).abs().max() > 0.1  # they agree on something that was learnt
     assert merged_model.dtype == torch.float32 and merged_model.config.tie_word_embeddings
