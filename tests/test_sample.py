@@ -201,8 +201,9 @@ def test_the_sample_run_lifts_the_score_well_above_base(tmp_path):
 @pytest.mark.parametrize("variant", ablation.VARIANTS)
 def test_a_variant_of_the_ablation_trains_what_it_names_and_serves_what_it_trained(variant, tiny_model, splits, tmp_path, monkeypatch):
     tuner = peft.tuners.tuners_utils.BaseTunerLayer
-    for owner, name in [(train, "lora_config"), (train, "claim_unused_slots"), (train, "start_tag_rows"), (evaluation, "load_model"),
-                        (trl.trainer.sft_trainer, "BaseTunerLayer")]:
+    patched = [*((train, name) for name in vars(train)), *((evaluation, name) for name in vars(evaluation)),
+               (trl.trainer.sft_trainer, "BaseTunerLayer")]
+    for owner, name in patched:
         monkeypatch.setattr(owner, name, getattr(owner, name))  # put back afterwards, whatever the variant does
     monkeypatch.setattr(tuner, "bias", tuner.__dict__["bias"])
     trainers, build_trainer = [], train.build_trainer
