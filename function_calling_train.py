@@ -44,6 +44,7 @@ TAGS = [
     "<tool_response>",
     "</tool_response>",
 ]
+DTYPES = ["bfloat16", "float32"]  # float16 is not among them: its range is too small for Gemma's activations
 LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 DISK_FULL = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT}
 VALIDATIONS_PER_RUN = 4  # each costs one pass over the validation split and leaves a checkpoint
@@ -80,7 +81,7 @@ CHAT_TEMPLATE = """\
 
 # Arguments that may differ between a run and its continuation: what is trained does not depend on them, or is told by a hash.
 FREE_ARGUMENTS = {"resume", "overwrite", "merge", "push_to_hub", "report_to", "output_dir", "model", "train_file", "revision",
-                  "batch_size", "activation_checkpointing"}
+                  "dtype", "batch_size", "activation_checkpointing"}
 
 
 def parse_args(argv=None):
@@ -117,6 +118,8 @@ def parse_args(argv=None):
     add("--validation-size", "share of the conversations held out for validation", type=float, default=0.2)
     add("--seed", "seed of the validation split, the LoRA matrices, the order and the dropout", type=int, default=42)
     # Hardware
+    add("--dtype", "what the base model is held and multiplied in (default: bfloat16 where a CUDA GPU or a CPU multiplies in it, else "
+        "float32)", choices=DTYPES)
     add("--batch-size", "conversations a device holds at once; must divide those of a step (default: as many as a CUDA GPU's memory "
         "holds, 1 elsewhere)", type=int)
     add("--activation-checkpointing", "recompute activations: slower, less memory (default: only where memory is short)",
@@ -439,18 +442,20 @@ def hold_out_validation(dataset, args):
 # Training
 
 
-def choose_device():
-    """Return (device name, dtype of the base model): bf16 where a GPU computes in it, else fp32, never fp16."""
+def choose_device(dtype=None):
+    """Return (device name, torch dtype of the base model): `dtype` if it is one of DTYPES, or what suits the hardware."""
     import torch
 
     if torch.cuda.is_available():
         if int(os.environ.get("LOCAL_RANK", 0)) >= torch.cuda.device_count():
             sys.exit(f"error: torchrun started more processes than there are GPUs ({torch.cuda.device_count()}): give a smaller "
                      "--nproc_per_node")
-        return "cuda", torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
-    if torch.backends.mps.is_available():
-        return "mps", torch.float32
-    return "cpu", torch.float32
+        device, has_bf16 = "cuda", torch.cuda.is_bf16_supported(including_emulation=False)
+    elif torch.backends.mps.is_available():
+        device, has_bf16 = "mps", False
+    else:
+        device, has_bf16 = "cpu", torch.cpu.get_capabilities().get("avx512_bf16", False)
+    return device, getattr(torch, dtype if dtype in DTYPES else "bfloat16" if has_bf16 else "float32")
 
 
 def replace_embedding_and_head(model):
@@ -553,7 +558,10 @@ def lora_config(args, tag_ids):
 
 
 def activation_bytes_per_token(model):
-    """About what a token's activations take in training, in bytes of memory: fitted to fp32 runs at the shapes of 270M and 1B."""
+    """About what a token's activations take in training, in bytes of memory: fitted to fp32 runs at the shapes of 270M and 1B.
+
+    In bf16, runs took 0.6 (1B) to 1.0 (270M) of that.
+    """
     config = model.config
     return 4 * config.num_hidden_layers * (15 * config.hidden_size + 10 * config.intermediate_size)
 
@@ -810,13 +818,14 @@ def sole_process_in(folder):
         os.close(descriptor)
 
 
-def describe_run(args, commit, weights_sha256, split_sha256):
+def describe_run(args, commit, weights_sha256, split_sha256, dtype):
     """All that the result of a run depends on, as it stands in run.json and, with more, in training_run.json."""
     return {
         "model_name": model_name(args.model),
         "commit": commit,
         "weights_sha256": weights_sha256,
         "train_split_sha256": split_sha256,
+        "dtype": str(dtype).removeprefix("torch."),
         "chat_template_sha256": hashlib.sha256(CHAT_TEMPLATE.encode()).hexdigest(),
         "arguments": {key: value for key, value in vars(args).items() if key not in FREE_ARGUMENTS},
     }
@@ -826,7 +835,7 @@ def refuse_other_run(path, description):
     """End the program if the run described in the JSON file `path` is not the one of `description`."""
     try:
         earlier = json.loads(path.read_text(encoding="utf-8"))
-        before = {**earlier, **earlier["arguments"]}
+        before = {**earlier["arguments"], **earlier}  # dtype stands in both: what was asked for, and what was used
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         sys.exit(f"error: {path} cannot be read: --overwrite starts anew")
     now = {**description, **description["arguments"]}
@@ -1040,10 +1049,10 @@ def finish(args, output_dir, merged_dir, model_dir):
     print(f"Next        {shlex.join(command)}")
 
 
-def recorded_commit(path):
-    """The commit of the base model that a run.json or training_run.json names, or None."""
+def recorded(path, key):
+    """What a run.json or training_run.json says of a run, or None."""
     with contextlib.suppress(OSError, ValueError, AttributeError, RecursionError):
-        return json.loads(path.read_text(encoding="utf-8")).get("commit")
+        return json.loads(path.read_text(encoding="utf-8")).get(key)
 
 
 def look_for_runs(output_dir, checkpoint_dir):
@@ -1093,13 +1102,15 @@ def run(args, held):
         ours = folder.is_dir() and (not any(folder.iterdir()) or any(any(folder.glob(mark)) for mark in marks))
         if folder.exists() and not ours:
             sys.exit(f"error: {folder} is in the way, and not the work of this script: move it, or choose another --output-dir")
-    device, dtype = choose_device()
+    # A run goes on with what it began with, even if the hub's main branch has moved on and another machine would choose otherwise.
+    begun = (checkpoint_dir / "run.json" if unfinished else output_dir / "training_run.json") if args.resume else None
+    device, dtype = choose_device(args.dtype or (begun and recorded(begun, "dtype")))
     if args.load_in_4bit and device != "cuda":
         sys.exit(f"error: --load-in-4bit needs a CUDA GPU, this machine has {device}: nf4 training is not reliable elsewhere")
     revision = args.revision
     is_local = Path(args.model).expanduser().is_dir()
-    if args.resume and not revision and not is_local:  # the commit the run began with, even if the hub's main branch has moved on
-        revision = recorded_commit(checkpoint_dir / "run.json" if unfinished else output_dir / "training_run.json")
+    if begun and not revision and not is_local:
+        revision = recorded(begun, "commit")
     model_dir, commit = find_model(args.model, revision)
 
     # The libraries' advice to their own developers is no news to who runs this.
@@ -1110,7 +1121,7 @@ def run(args, held):
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()  # of loading weights; training shows its own
-    description = describe_run(args, commit, hash_local_weights(model_dir, commit), split_sha256)
+    description = describe_run(args, commit, hash_local_weights(model_dir, commit), split_sha256, dtype)
     if finished and args.resume:
         refuse_other_run(output_dir / "training_run.json", description)
         check_files(output_dir)
@@ -1145,7 +1156,7 @@ def run(args, held):
                 sys.exit(f"error: {checkpoint_dir}: another process was at work there since this one started: run this again")
             checkpoint = open_checkpoint_dir(checkpoint_dir, description, args.resume)
             print(f"Model       {args.model}" + (f", commit {commit}" if commit else "")
-                  + f", {str(dtype).removeprefix('torch.')} on {device}")
+                  + f", {description['dtype']} on {device}")
             print(f"Data        {len(training):,} conversations to train on, {len(validation):,} to validate with; "
                   f"{num_too_long:,} dropped, longer than {args.max_length:,} tokens")
             print(f"Memory      {describe_memory_use(trainer)}")
@@ -1187,7 +1198,6 @@ def run(args, held):
         "best_step": best_step,
         "best_validation_loss": validations[best_step],
         "device": torch.cuda.get_device_name() if device == "cuda" else device,
-        "dtype": str(dtype).removeprefix("torch."),
         "conversations_at_once": trainer.conversations_at_once,
         "activations": "recomputed" if trainer.recomputes_activations else "kept",
         "processes": num_processes,

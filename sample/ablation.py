@@ -117,7 +117,7 @@ def recipe_of(folder):
 
     arguments = read_json(folder / ADAPTER / "training_run.json")["arguments"]
     return {name: value for name, value in arguments.items()
-            if name not in FREE_ARGUMENTS - {"batch_size"} and name not in ("seed", "loss_on")}
+            if name not in FREE_ARGUMENTS - {"dtype", "batch_size"} and name not in ("seed", "loss_on")}
 
 
 def folder_of(variant, seed):
@@ -131,7 +131,7 @@ def run_one(variant, seed):
     import evaluation
     import function_calling_train as train
 
-    train.choose_device = evaluation.choose_device = lambda: ("cpu", torch.float32)
+    train.choose_device = evaluation.choose_device = lambda *dtype: ("cpu", torch.float32)
     recipe = []
     for name, value in recipe_of(RUN).items():
         flag = f"--{name.replace('_', '-')}"

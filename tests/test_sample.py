@@ -212,7 +212,7 @@ def test_a_variant_of_the_ablation_trains_what_it_names_and_serves_what_it_train
 
     arguments = ablation.VARIANTS[variant](train, evaluation)
     train.main(["--model", str(tiny_model), "--train-file", str(splits / "function_calling_train.jsonl"), "--max-steps", "2",
-                "--learning-rate", "0.01", *arguments])
+                "--dtype", "float32", "--learning-rate", "0.01", *arguments])
 
     adapter = tmp_path / train.default_output_dir(tiny_model)
     weights = load_file(adapter / "adapter_model.safetensors")

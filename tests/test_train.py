@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -52,7 +53,7 @@ def finished(tiny_model, splits, tmp_path_factory):
     """A folder in which a whole run, --merge included, was made from the command line."""
     folder = tmp_path_factory.mktemp("run")
     process = run_script(SCRIPT, "--model", tiny_model, "--train-file", splits / "function_calling_train.jsonl",
-                         "--learning-rate", "0.01", "--merge", cwd=folder)
+                         "--dtype", "float32", "--learning-rate", "0.01", "--merge", cwd=folder)
     assert process.returncode == 0, process.stderr
     (folder / "stdout").write_text(process.stdout)
     return folder
@@ -370,7 +371,7 @@ def test_the_adapter_stays_small_at_gemmas_real_shapes(name, shape, limit_mb, tm
 
 @pytest.mark.slow
 def test_a_killed_run_goes_on_to_the_very_same_adapter(tiny_model, splits, tmp_path):
-    arguments = ["--model", tiny_model, "--train-file", splits / "function_calling_train.jsonl", "--epochs", "6"]
+    arguments = ["--model", tiny_model, "--train-file", splits / "function_calling_train.jsonl", "--dtype", "float32", "--epochs", "6"]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     whole.mkdir(), killed.mkdir()
     assert run_script(SCRIPT, *arguments, cwd=whole).returncode == 0
@@ -408,8 +409,8 @@ def test_a_killed_run_goes_on_to_the_very_same_adapter(tiny_model, splits, tmp_p
 
 def test_a_run_may_go_on_with_another_batch_size(tiny_model, splits, tmp_path, monkeypatch):
     """As after running out of memory: what a step holds stays the same, and so do the losses."""
-    arguments = ["--model", str(tiny_model), "--train-file", str(splits / "function_calling_train.jsonl"), "--lora-dropout", "0",
-                 "--learning-rate", "0.01", "--epochs", "2"]
+    arguments = ["--model", str(tiny_model), "--train-file", str(splits / "function_calling_train.jsonl"), "--dtype", "float32",
+                 "--lora-dropout", "0", "--learning-rate", "0.01", "--epochs", "2"]
     monkeypatch.chdir(tmp_path)
     train.main([*arguments, "--output-dir", "whole"])
 
@@ -441,8 +442,8 @@ def test_a_run_may_go_on_with_another_batch_size(tiny_model, splits, tmp_path, m
 @pytest.mark.parametrize("batch_size", ["4", "2"])  # a step at once, and in two batches: the gradients of the first stay
 def test_out_of_memory_a_batch_is_halved_and_then_its_activations_recomputed(tiny_model, splits, tmp_path, monkeypatch, capsys, batch_size):
     """At first two conversations fit, later one alone with its activations recomputed; losses stay the same."""
-    arguments = ["--model", str(tiny_model), "--train-file", str(splits / "function_calling_train.jsonl"), "--lora-dropout", "0",
-                 "--learning-rate", "0.01", "--max-steps", "6"]
+    arguments = ["--model", str(tiny_model), "--train-file", str(splits / "function_calling_train.jsonl"), "--dtype", "float32",
+                 "--lora-dropout", "0", "--learning-rate", "0.01", "--max-steps", "6"]
     monkeypatch.chdir(tmp_path)
     train.main([*arguments, "--output-dir", "whole", "--batch-size", "4"])
     capsys.readouterr()
@@ -476,6 +477,26 @@ def test_out_of_memory_a_batch_is_halved_and_then_its_activations_recomputed(tin
     assert whole["tokens_seen"] == small["tokens_seen"]
     ours, theirs = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("whole", "small"))
     assert all(torch.allclose(ours[name], theirs[name], atol=1e-4) for name in ours)
+
+
+def test_bf16_trains_as_fp32_does_and_a_run_goes_on_in_what_it_began_with(tiny_model, splits, tmp_path, monkeypatch):
+    arguments = ["--model", str(tiny_model), "--train-file", str(splits / "function_calling_train.jsonl"), "--learning-rate", "0.01"]
+    monkeypatch.chdir(tmp_path)
+    runs = []
+    for dtype, other in (("float32", "bfloat16"), ("bfloat16", "float32")):
+        train.main([*arguments, "--output-dir", dtype, "--dtype", dtype])
+        # As a kill leaves it just before the adapter is written.
+        shutil.rmtree(tmp_path / dtype)
+        (tmp_path / f"{dtype}-checkpoints" / "finished_run.json").rename(tmp_path / f"{dtype}-checkpoints" / "run.json")
+        with pytest.raises(SystemExit, match=f"belongs to another run .dtype was {dtype}, is {other}.: repeat its arguments"):
+            train.main([*arguments, "--output-dir", dtype, "--dtype", other, "--resume"])
+        train.main([*arguments, "--output-dir", dtype, "--resume"])  # whatever this machine would choose
+        runs.append(json.loads((tmp_path / dtype / "training_run.json").read_text()))
+        weights = load_file(tmp_path / dtype / "adapter_model.safetensors")
+        assert runs[-1]["dtype"] == dtype and {weight.dtype for weight in weights.values()} == {torch.float32}
+    for losses in ("training_losses", "validation_losses"):
+        assert runs[0][losses] == pytest.approx(runs[1][losses], abs=0.02)
+        assert runs[0][losses] != runs[1][losses]
 
 
 def test_activations_are_recomputed_where_a_cpu_has_little_memory_left(tiny_model, splits, tagged, tmp_path, monkeypatch):
@@ -560,8 +581,8 @@ def test_a_loss_that_is_no_number_stops_the_run(tiny_model, splits, tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_give_the_losses_of_one(tiny_model, splits, tmp_path):
-    arguments = ["--model", tiny_model, "--train-file", splits / "function_calling_train.jsonl", "--lora-dropout", "0",
-                 "--limit", "23", "--learning-rate", "0.01"]  # 18 of them to train on: four whole steps and two left over
+    arguments = ["--model", tiny_model, "--train-file", splits / "function_calling_train.jsonl", "--dtype", "float32",
+                 "--lora-dropout", "0", "--limit", "23", "--learning-rate", "0.01"]  # 18 of them to train on: four whole steps and two left over
     one = run_script(SCRIPT, *arguments, "--output-dir", "one", cwd=tmp_path)
     assert one.returncode == 0, one.stderr
     two = subprocess.run(

@@ -10,7 +10,6 @@ in the order of the data, an unmerged adapter on embeddings and head too, and no
 random; each query has a drawn length at which the model is made to end its turn (median 50 tokens, mean about 100).
 """
 
-import argparse
 import json
 import random
 import sys
@@ -59,7 +58,7 @@ def measure(args):
     import evaluation
 
     logging.set_verbosity_error()
-    dtype = evaluation.choose_device()[1] if args.device == "cuda" else torch.float32
+    dtype = evaluation.choose_device()[1]
     config = json.loads((args.model_dir / "config.json").read_text())
     prompts = draw_queries(args.queries, args.max_new_tokens, config["vocab_size"])
     if args.side == "published":
@@ -96,13 +95,9 @@ def measure(args):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Generation against the published configuration.")
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where to generate (default: cpu)")
-    parser.add_argument("--model", choices=list(workload.SHAPES), default="270m", help="shape of the model (default: 270m)")
+    parser = workload.make_parser("Generation against the published configuration.")
     parser.add_argument("--queries", type=int, help="prompts to answer (default: 48 on CPU, 1,100 on CUDA)")
     parser.add_argument("--max-new-tokens", type=int, help="longest output, tokens; outputs shrink with it (default: 64 on CPU, 256 on CUDA)")
-    parser.add_argument("--side", help=argparse.SUPPRESS)
-    parser.add_argument("--model-dir", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     args.queries = args.queries or (1100 if args.device == "cuda" else 48)
     args.max_new_tokens = args.max_new_tokens or (256 if args.device == "cuda" else 64)
@@ -122,8 +117,7 @@ def main():
         ("tokens/s of answers", "tokens_per_second", "{:,.1f}"),
         ("time (s)", "seconds", "{:,.1f}"),
         ("batches", "batches", "{:,}"),
-        ("peak memory, GPU (GB)" if args.device == "cuda" else "peak memory (GB)", "peak_gb", "{:,.2f}"),
-        *([("peak memory, host (GB)", "host_gb", "{:,.2f}")] if args.device == "cuda" else []),
+        *workload.memory_rows(args.device),
     ], results, "published")
 
 

@@ -5,13 +5,12 @@
     python tests/benchmarks/bench_training.py --device cuda                  # 400 conversations
     python tests/benchmarks/bench_training.py --device cuda --model 1b
 
-"ours" is what function_calling_train.py does without flags: its own loading, LoRA and trainer. "published" is its recipe in plain
-library options: eager attention, micro-batches of one accumulated to four, activation checkpointing, full logits, loss on all
-tokens, LoRA on embeddings and head too. Weights and tokens are random; they cost what real ones cost. Steps are timed one by
-one, without the first; validation and checkpoints are left out on both sides.
+"ours" is what function_calling_train.py does without flags: its own dtype, loading, LoRA and trainer. "published" is the published
+recipe in plain library options: eager attention, micro-batches of one accumulated to four, activation checkpointing, full logits, loss
+on all tokens, LoRA on embeddings and head too, bf16 where a GPU has it; "published-bf16" has it on a CPU, too. Weights and tokens are
+random; they cost what real ones cost. Steps are timed one by one, without the first; validation and checkpoints are left out everywhere.
 """
 
-import argparse
 import json
 import math
 import sys
@@ -21,7 +20,7 @@ from pathlib import Path
 
 import workload
 
-SIDES = ["published", "ours", "ours, recomputing activations"]
+SIDES = ["published", "published-bf16", "ours", "ours-recomputing"]
 PUBLISHED_CONVERSATIONS = 3332  # the published epoch: 833 steps of four
 DENSE_BF16_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}  # a second, by NVIDIA's data sheets
 
@@ -70,7 +69,7 @@ def measure(args):
     import function_calling_train as train
 
     logging.set_verbosity_error()
-    dtype = train.choose_device()[1] if args.device == "cuda" else torch.float32
+    dtype = train.choose_device({"published": "float32", "published-bf16": "bfloat16"}.get(args.side) if args.device == "cpu" else None)[1]
     config = json.loads((args.model_dir / "config.json").read_text())
     rows = workload.draw_rows(args.conversations, config["vocab_size"], args.length)
     steps = []
@@ -87,14 +86,15 @@ def measure(args):
             steps.append((time.perf_counter() - self.start, state.num_input_tokens_seen))
 
     with tempfile.TemporaryDirectory() as folder:
-        if args.side == "published":
+        if args.side.startswith("published"):
             trainer = build_published(args.model_dir, rows, args.device, dtype, folder)
         else:
             flags = ["--activation-checkpointing"] if "recomputing" in args.side else []
             trainer = build_ours(args.model_dir, rows, args.device, dtype, folder, flags)
         trainer.add_callback(Clock())
         trainer.train()
-        trainer.model.save_pretrained(Path(folder, "adapter"), **({} if args.side == "published" else {"save_embedding_layers": False}))
+        options = {} if args.side.startswith("published") else {"save_embedding_layers": False}
+        trainer.model.save_pretrained(Path(folder, "adapter"), **options)
         adapter_bytes = Path(folder, "adapter", "adapter_model.safetensors").stat().st_size
     tokens_per_second = (steps[-1][1] - steps[0][1]) / sum(seconds for seconds, _ in steps[1:])
     seconds = sum(len(row["input_ids"]) for row in rows) / tokens_per_second
@@ -105,11 +105,12 @@ def measure(args):
         "peak_gb": workload.peak_memory(args.device),
         "host_gb": workload.peak_memory("cpu"),
         "adapter_mb": adapter_bytes / 1e6,
+        "dtype": str(dtype).removeprefix("torch."),
     }
     if args.device == "cuda":
         peak = next((flops for name, flops in DENSE_BF16_FLOPS.items() if name in torch.cuda.get_device_name()), None)
         if peak and steps[1:]:
-            result["mfu"] = count_flops(config, rows, scores_all=args.side == "published") / seconds / peak
+            result["mfu"] = count_flops(config, rows, scores_all=args.side.startswith("published")) / seconds / peak
     return result
 
 
@@ -130,14 +131,11 @@ def count_flops(config, rows, scores_all):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Training against the published configuration.")
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where to train (default: cpu)")
-    parser.add_argument("--model", choices=list(workload.SHAPES), default="270m", help="shape of the model (default: 270m)")
+    parser = workload.make_parser("Training against the published configuration.")
     parser.add_argument("--conversations", type=int, help="conversations to train on, a multiple of 4, at least 8 (default: 16 on CPU, 400 on CUDA)")
     parser.add_argument("--length", type=int, help="tokens of every conversation (default: spread as the published ones)")
-    parser.add_argument("--sides", nargs="+", choices=SIDES, default=SIDES, help="what to run (default: all)")
-    parser.add_argument("--side", help=argparse.SUPPRESS)
-    parser.add_argument("--model-dir", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=["published", "ours", "ours-recomputing"],
+                        help="what to run (default: all but published-bf16)")
     args = parser.parse_args()
     args.conversations = args.conversations or (400 if args.device == "cuda" else 16)
     if args.conversations % 4 or args.conversations < 8:
@@ -150,6 +148,7 @@ def main():
         arguments = ["--device", args.device, "--conversations", str(args.conversations), "--model-dir", model_dir]
         arguments += ["--length", str(args.length)] if args.length else []
         results = {side: workload.run_side(__file__, side, arguments) for side in args.sides}
+        results = {f"{side} ({result['dtype']})": result for side, result in results.items()}
         rows = workload.draw_rows(args.conversations, workload.FIRST_WORD + 1, args.length)
     lengths = [len(row["input_ids"]) for row in rows]
     title = (f"Training, shape of {args.model}, {args.conversations} conversations of {min(lengths)} to {max(lengths):,} tokens "
@@ -157,12 +156,11 @@ def main():
     workload.print_table(title, [
         ("tokens/s", "tokens_per_second", "{:,.1f}"),
         ("conversations/s", "samples_per_second", "{:,.3f}"),
-        ("peak memory, GPU (GB)" if args.device == "cuda" else "peak memory (GB)", "peak_gb", "{:,.2f}"),
-        *([("peak memory, host (GB)", "host_gb", "{:,.2f}")] if args.device == "cuda" else []),
+        *workload.memory_rows(args.device),
         ("3,332 conversations at this pace (s)", "epoch_seconds", "{:,.0f}"),
         ("adapter file (MB)", "adapter_mb", "{:,.1f}"),
         ("model FLOP utilisation", "mfu", "{:.1%}"),
-    ], results, args.sides[0])
+    ], results, next(iter(results)))
 
 
 if __name__ == "__main__":

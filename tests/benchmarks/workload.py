@@ -1,6 +1,7 @@
 """What the benchmarks share: Gemma 3 models of real shapes with random weights, conversations of the published lengths, a
 process of its own for each side, and the table."""
 
+import argparse
 import json
 import math
 import os
@@ -91,14 +92,33 @@ def peak_memory(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e9  # macOS: bytes
 
 
+def make_parser(description):
+    """A parser with what training and generation have in common."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where to run (default: cpu)")
+    parser.add_argument("--model", choices=list(SHAPES), default="270m", help="shape of the model (default: 270m)")
+    parser.add_argument("--side", help=argparse.SUPPRESS)
+    parser.add_argument("--model-dir", type=Path, help=argparse.SUPPRESS)
+    return parser
+
+
 def run_side(script, side, arguments):
     """Run one side of a benchmark in a process of its own; returns what it measured."""
     print(f"running     {side} ...", flush=True)
-    process = subprocess.run([sys.executable, script, "--side", side, *arguments], stdout=subprocess.PIPE, text=True,
-                             env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    if "cuda" not in arguments:
+        environment["CUDA_VISIBLE_DEVICES"] = ""  # the scripts would choose a GPU, and its dtype
+    process = subprocess.run([sys.executable, script, "--side", side, *arguments], stdout=subprocess.PIPE, text=True, env=environment)
     if process.returncode:
         sys.exit(f"error: {side} failed, see above")
     return json.loads(process.stdout.splitlines()[-1])
+
+
+def memory_rows(device):
+    """The lines of the table that tell peak memory."""
+    if device == "cuda":
+        return [("peak memory, GPU (GB)", "peak_gb", "{:,.2f}"), ("peak memory, host (GB)", "host_gb", "{:,.2f}")]
+    return [("peak memory (GB)", "peak_gb", "{:,.2f}")]
 
 
 def print_table(title, rows, sides, reference):
