@@ -1003,10 +1003,16 @@ def merge_adapter(model_dir, adapter_dir, output_dir):
             shutil.copy(adapter_dir / name, folder)
 
 
-def save_adapter(trainer, tokenizer, folder, args, commit):
-    """Write the adapter, the tokenizer with its chat template and the generation config."""
+def save_adapter(trainer, tokenizer, folder, args, commit, dtype):
+    """Write the adapter, the tokenizer with its chat template and the generation config.
+
+    The adapter is trained in fp32, but multiplied in `dtype`: it is written in that, and so gives what it gave in training.
+    """
     from transformers import GenerationConfig
 
+    for parameter in trainer.model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(dtype)
     peft_config = trainer.model.peft_config["default"]
     peft_config.base_model_name_or_path, peft_config.revision = args.model, commit
     trainer.model.save_pretrained(folder, save_embedding_layers=False)
@@ -1207,7 +1213,7 @@ def run(args, held):
         },
     }
     with new_folder(output_dir) as folder:
-        save_adapter(trainer, tokenizer, folder, args, commit)
+        save_adapter(trainer, tokenizer, folder, args, commit, dtype)
         (folder / "README.md").unlink()  # PEFT's own
         training_run["files_sha256"] = {path.name: sha256_of_file(path) for path in sorted(folder.iterdir())}
         plot_losses(history, folder / "loss.png", f"{model_name(args.model)}: LoRA on function calling")

@@ -493,7 +493,10 @@ def test_bf16_trains_as_fp32_does_and_a_run_goes_on_in_what_it_began_with(tiny_m
         train.main([*arguments, "--output-dir", dtype, "--resume"])  # whatever this machine would choose
         runs.append(json.loads((tmp_path / dtype / "training_run.json").read_text()))
         weights = load_file(tmp_path / dtype / "adapter_model.safetensors")
-        assert runs[-1]["dtype"] == dtype and {weight.dtype for weight in weights.values()} == {torch.float32}
+        checkpoint = load_file(tmp_path / f"{dtype}-checkpoints" / f"checkpoint-{runs[-1]['best_step']}" / "adapter_model.safetensors")
+        assert runs[-1]["dtype"] == dtype and {weight.dtype for weight in checkpoint.values()} == {torch.float32}
+        assert weights.keys() == checkpoint.keys()
+        assert all(torch.equal(weights[name], checkpoint[name].to(getattr(torch, dtype))) for name in weights)  # in bf16, half the bytes
     for losses in ("training_losses", "validation_losses"):
         assert runs[0][losses] == pytest.approx(runs[1][losses], abs=0.02)
         assert runs[0][losses] != runs[1][losses]

@@ -15,7 +15,6 @@ import random
 import sys
 import tempfile
 import time
-from pathlib import Path
 
 import workload
 

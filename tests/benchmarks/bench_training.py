@@ -93,8 +93,10 @@ def measure(args):
             trainer = build_ours(args.model_dir, rows, args.device, dtype, folder, flags)
         trainer.add_callback(Clock())
         trainer.train()
-        options = {} if args.side.startswith("published") else {"save_embedding_layers": False}
-        trainer.model.save_pretrained(Path(folder, "adapter"), **options)
+        if args.side.startswith("published"):
+            trainer.model.save_pretrained(Path(folder, "adapter"))
+        else:
+            train.save_adapter(trainer, trainer.processing_class, Path(folder, "adapter"), train.parse_args([]), None, dtype)
         adapter_bytes = Path(folder, "adapter", "adapter_model.safetensors").stat().st_size
     tokens_per_second = (steps[-1][1] - steps[0][1]) / sum(seconds for seconds, _ in steps[1:])
     seconds = sum(len(row["input_ids"]) for row in rows) / tokens_per_second
