@@ -924,7 +924,8 @@ def refuse_other_evaluation(path, earlier, identity):
     """End the program if what `path` holds of an `earlier` evaluation does not rest on the same things as this one."""
     changes = [f"{key} was {earlier.get(key)}, is {value}" for key, value in identity.items() if earlier.get(key) != value]
     if changes:
-        sys.exit(f"error: {path} belongs to another evaluation ({', '.join(changes)}): repeat its arguments, or --overwrite it")
+        sys.exit(f"error: {path} belongs to another evaluation ({', '.join(changes)}): repeat its arguments, on a machine of its kind, or "
+                 "--overwrite it")
 
 
 def check_prediction(line, query_of, found):
@@ -992,12 +993,13 @@ def find_partial(results_dir):
 
 
 def read_partial(paths, identity, queries):
-    """The predictions in the files of an unfinished evaluation; it ends the program if they are another's.
+    """Return (predictions, tokens at once or None) of an unfinished evaluation's files; the program ends if they are another's.
 
-    A file's first line is `identity`, what the predictions depend on: an evaluation goes on only with its own.
+    A file's first line holds `identity`, what the predictions depend on: an evaluation goes on only with its own. It also tells
+    how large the batches were.
     """
     query_of = {(query["conversation_id"], query["turn"]): query for query in queries}
-    found = {}
+    found, tokens_at_once = {}, None
     for path in paths:
         found_here = {}
         first, *lines = path.read_bytes().split(b"\n")[:-1] or [json.dumps(identity)]  # without a last line that was torn
@@ -1010,7 +1012,9 @@ def read_partial(paths, identity, queries):
             sys.exit(f"error: {path} cannot be gone on with ({error}): --overwrite starts anew")
         refuse_other_evaluation(path, earlier, identity)
         found |= found_here  # in two files stands what a kill kept from being taken out of one
-    return list(found.values())
+        if type(told := earlier.get("tokens_at_once")) is int:
+            tokens_at_once = told
+    return list(found.values()), tokens_at_once
 
 
 @contextlib.contextmanager
@@ -1038,10 +1042,11 @@ def sole_process_in(folder):
         os.close(descriptor)
 
 
-def open_partial(path, identity, predictions):
+def open_partial(path, identity, tokens_at_once, predictions):
     """Open a file of an unfinished evaluation, with what is already answered in it, to append further predictions."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in [identity, *predictions]))
+    first = {**identity, "tokens_at_once": tokens_at_once}
+    write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in [first, *predictions]))
     return open(path, "ab", buffering=0)  # one write a batch: a kill hardly ever falls into it
 
 
@@ -1357,9 +1362,11 @@ def run(args, held):
         "adapter_sha256": sha256_of_file(adapter_dir / "adapter_model.safetensors") if adapter_dir else None,
         "test_split_sha256": test_sha256,
         "chat_template_sha256": hashlib.sha256(tokenizer.chat_template.encode()).hexdigest(),
+        "dtype": str(dtype).removeprefix("torch."),
         "limit": args.limit,
         "max_new_tokens": args.max_new_tokens,
     }
+
     def as_first_process_says(key, value):
         if num_processes > 1 and rank == 0:
             store.set(key, json.dumps(value))
@@ -1379,15 +1386,15 @@ def run(args, held):
         if (partial_paths := find_partial(results_dir)) and not args.overwrite:
             if not args.resume:
                 sys.exit(f"error: {partial_paths[0]} holds an unfinished evaluation: --resume goes on with it, --overwrite starts anew")
-            predictions = read_partial(partial_paths, identity, queries)
+            predictions, tokens_at_once = read_partial(partial_paths, identity, queries)
         comparison = read_comparison(args, results_dir, label, every_query, identity)
-        print(f"Model       {args.model}" + (f", commit {commit}" if commit else "") + f", {str(dtype).removeprefix('torch.')} on {device}")
+        print(f"Model       {args.model}" + (f", commit {commit}" if commit else "") + f", {identity['dtype']} on {device}")
         print(f"Adapter     {adapter_dir or 'none: the untuned model with its own tokenizer'}")
         if note := describe_other_split(args.test_file, training_run):
             print(note)
         print(f"Queries     {len(queries):,}" + (f", {len(predictions):,} of them already answered" if predictions else ""))
         if others := set(partial_paths) - {partial_path}:  # of processes that are no more
-            open_partial(partial_path, identity, predictions).close()
+            open_partial(partial_path, identity, tokens_at_once, predictions).close()
             for path in others:
                 path.unlink()
         done = [(prediction["conversation_id"], prediction["turn"]) for prediction in predictions]
@@ -1398,8 +1405,12 @@ def run(args, held):
     if remaining:
         try:
             model = load_model(model_dir, adapter_dir, device, dtype)
-            tokens_at_once = as_first_process_says("tokens_at_once", count_tokens_that_fit(model))
-            with open_partial(partial_path, identity, predictions) as partial:
+            tokens_that_fit = count_tokens_that_fit(model)
+            # Where it can, a resumed evaluation keeps its batches, and with them its rounding: half of the memory was left alone.
+            if tokens_at_once is None or tokens_at_once > 2 * tokens_that_fit:
+                tokens_at_once = tokens_that_fit
+            tokens_at_once = as_first_process_says("tokens_at_once", tokens_at_once)
+            with open_partial(partial_path, identity, tokens_at_once, predictions) as partial:
                 for batch in answer_queries(remaining, model, tokenizer, scorer, args, tokens_at_once, rank, num_processes):
                     lines = "".join(json.dumps(prediction, ensure_ascii=False) + "\n" for prediction in batch).encode()
                     if partial.write(lines) < len(lines):
@@ -1412,7 +1423,7 @@ def run(args, held):
             store.set(f"process {rank}", "has answered its share")
         elif num_processes > 1:
             store.wait([f"process {other}" for other in range(1, num_processes)])
-            predictions = read_partial(find_partial(results_dir), identity, queries)
+            predictions, _ = read_partial(find_partial(results_dir), identity, queries)
             if len(predictions) < len(queries):
                 sys.exit(f"error: {results_dir} lacks answers of a process: all must write into the same folder; go on with --resume")
     if rank:
@@ -1430,7 +1441,6 @@ def run(args, held):
         "adapter": str(adapter_dir) if adapter_dir else None,
         "arguments": {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()},
         "device": torch.cuda.get_device_name() if device == "cuda" else device,
-        "dtype": str(dtype).removeprefix("torch."),
         "processes": num_processes,
         "tokens_at_once": tokens_at_once,
         "seconds": round(seconds, 1),

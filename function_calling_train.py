@@ -79,7 +79,7 @@ CHAT_TEMPLATE = """\
 {%- if add_generation_prompt -%}{{- '<start_of_turn>model\\n' -}}{%- endif -%}
 """
 
-# Arguments that may differ between a run and its continuation: what is trained does not depend on them, or is told by a hash.
+# Arguments that may differ between a run and its continuation: what is trained does not depend on them, or is described otherwise.
 FREE_ARGUMENTS = {"resume", "overwrite", "merge", "push_to_hub", "report_to", "output_dir", "model", "train_file", "revision",
                   "dtype", "batch_size", "activation_checkpointing"}
 
@@ -118,8 +118,8 @@ def parse_args(argv=None):
     add("--validation-size", "share of the conversations held out for validation", type=float, default=0.2)
     add("--seed", "seed of the validation split, the LoRA matrices, the order and the dropout", type=int, default=42)
     # Hardware
-    add("--dtype", "what the base model is held and multiplied in (default: bfloat16 where a CUDA GPU or a CPU multiplies in it, else "
-        "float32)", choices=DTYPES)
+    add("--dtype", "what the base model is held and multiplied in (default: bfloat16 on CUDA GPUs that multiply in it and CPUs with "
+        "AVX512-BF16, else float32)", choices=DTYPES)
     add("--batch-size", "conversations a device holds at once; must divide those of a step (default: as many as a CUDA GPU's memory "
         "holds, 1 elsewhere)", type=int)
     add("--activation-checkpointing", "recompute activations: slower, less memory (default: only where memory is short)",
@@ -711,7 +711,8 @@ def build_trainer(model, tokenizer, tag_ids, training, validation, args, device,
         num_train_epochs=args.epochs,
         max_steps=args.max_steps or -1,
         per_device_train_batch_size=batch_size,
-        per_device_eval_batch_size=batch_size,
+        # Several processes pad the last batch with rows of the first, which the library then tells apart in batches of one only.
+        per_device_eval_batch_size=batch_size if num_processes == 1 else 1,
         gradient_accumulation_steps=args.conversations_per_step // (batch_size * num_processes),
         learning_rate=args.learning_rate,
         lr_scheduler_type="cosine",
@@ -781,8 +782,9 @@ def find_checkpoints(checkpoint_dir):
             state = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
             load_file(folder / "adapter_model.safetensors")
             random_states = list(folder.glob("rng_state*.pth"))
+            optimizer = "optimizer.bin" if (folder / "optimizer.bin").exists() else "optimizer.pt"  # .bin where the model is sharded
             with safe_globals():
-                for path in (folder / "optimizer.pt", folder / "scheduler.pt", *(random_states or [folder / "rng_state.pth"])):
+                for path in (folder / optimizer, folder / "scheduler.pt", *(random_states or [folder / "rng_state.pth"])):
                     torch.load(path, map_location="cpu", weights_only=True)
             found.append((int(state["global_step"]), folder))
         except (FileNotFoundError, ValueError, KeyError, TypeError, EOFError, RuntimeError, SafetensorError, pickle.UnpicklingError):
@@ -1003,19 +1005,22 @@ def merge_adapter(model_dir, adapter_dir, output_dir):
             shutil.copy(adapter_dir / name, folder)
 
 
-def save_adapter(trainer, tokenizer, folder, args, commit, dtype):
-    """Write the adapter, the tokenizer with its chat template and the generation config.
+def gather_adapter(model, dtype):
+    """The adapter's weights, {name: tensor in `dtype`}; of a model that is sharded, all processes must ask for them.
 
-    The adapter is trained in fp32, but multiplied in `dtype`: it is written in that, and so gives what it gave in training.
+    They are trained in fp32, but multiplied in `dtype`: in that, they give what they gave in training.
     """
+    return {name: (value.full_tensor() if hasattr(value, "full_tensor") else value).detach().to(dtype)
+            for name, value in model.named_parameters() if value.requires_grad}
+
+
+def save_adapter(trainer, weights, tokenizer, folder, args, commit):
+    """Write the adapter, whose weights gather_adapter gave, the tokenizer with its chat template and the generation config."""
     from transformers import GenerationConfig
 
-    for parameter in trainer.model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.to(dtype)
     peft_config = trainer.model.peft_config["default"]
     peft_config.base_model_name_or_path, peft_config.revision = args.model, commit
-    trainer.model.save_pretrained(folder, save_embedding_layers=False)
+    trainer.model.save_pretrained(folder, state_dict=weights, save_embedding_layers=False)
     tokenizer.save_pretrained(folder)
     end_of_turn = tokenizer.convert_tokens_to_ids("<end_of_turn>")
     GenerationConfig(
@@ -1109,14 +1114,14 @@ def run(args, held):
         if folder.exists() and not ours:
             sys.exit(f"error: {folder} is in the way, and not the work of this script: move it, or choose another --output-dir")
     # A run goes on with what it began with, even if the hub's main branch has moved on and another machine would choose otherwise.
-    begun = (checkpoint_dir / "run.json" if unfinished else output_dir / "training_run.json") if args.resume else None
-    device, dtype = choose_device(args.dtype or (begun and recorded(begun, "dtype")))
+    begun_path = (checkpoint_dir / "run.json" if unfinished else output_dir / "training_run.json") if args.resume else None
+    device, dtype = choose_device(args.dtype or (begun_path and recorded(begun_path, "dtype")))
     if args.load_in_4bit and device != "cuda":
         sys.exit(f"error: --load-in-4bit needs a CUDA GPU, this machine has {device}: nf4 training is not reliable elsewhere")
     revision = args.revision
     is_local = Path(args.model).expanduser().is_dir()
-    if begun and not revision and not is_local:
-        revision = recorded(begun, "commit")
+    if begun_path and not revision and not is_local:
+        revision = recorded(begun_path, "commit")
     model_dir, commit = find_model(args.model, revision)
 
     # The libraries' advice to their own developers is no news to who runs this.
@@ -1177,6 +1182,7 @@ def run(args, held):
     except torch.OutOfMemoryError:
         sys.exit("error: out of GPU memory: go on with --resume, --activation-checkpointing and a smaller --batch-size, or start anew "
                  "with --overwrite and a smaller --max-length or --load-in-4bit")
+    weights = gather_adapter(trainer.model, dtype)
     if not is_main:
         return
 
@@ -1213,7 +1219,7 @@ def run(args, held):
         },
     }
     with new_folder(output_dir) as folder:
-        save_adapter(trainer, tokenizer, folder, args, commit, dtype)
+        save_adapter(trainer, weights, tokenizer, folder, args, commit)
         (folder / "README.md").unlink()  # PEFT's own
         training_run["files_sha256"] = {path.name: sha256_of_file(path) for path in sorted(folder.iterdir())}
         plot_losses(history, folder / "loss.png", f"{model_name(args.model)}: LoRA on function calling")

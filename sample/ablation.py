@@ -131,7 +131,7 @@ def run_one(variant, seed):
     import evaluation
     import function_calling_train as train
 
-    train.choose_device = evaluation.choose_device = lambda *dtype: ("cpu", torch.float32)
+    train.choose_device = evaluation.choose_device = lambda dtype=None: ("cpu", getattr(torch, dtype or "float32"))
     recipe = []
     for name, value in recipe_of(RUN).items():
         flag = f"--{name.replace('_', '-')}"

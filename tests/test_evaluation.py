@@ -267,6 +267,35 @@ def test_an_interrupted_evaluation_goes_on_where_it_stopped(tiny_model, splits, 
     assert not calls and (whole / "predictions.jsonl").read_bytes() == (cut / "predictions.jsonl").read_bytes()
 
 
+@pytest.mark.parametrize("fit_later, stays", [(800, True), (700, False)])
+def test_a_resumed_evaluation_keeps_its_batches_while_they_can_fit(tiny_model, splits, tuned, tmp_path, monkeypatch, fit_later, stays):
+    """A batch takes half of the free memory: what was chosen at first still fits while that half has not halved."""
+    real, batches = evaluation.generate_batch, []
+
+    def answer(model, prompts, *arguments):
+        if len(batches) == 1 and not resumed:
+            raise KeyboardInterrupt
+        batches.append(len(prompts))
+        return real(model, prompts, *arguments)
+
+    resumed = True
+    monkeypatch.setattr(evaluation, "generate_batch", answer)
+    monkeypatch.setattr(evaluation, "count_tokens_that_fit", lambda model: 1500)
+    evaluate(tuned, tiny_model, splits, "--output-dir", str(tmp_path / "whole"))
+    undisturbed = batches[:]
+    batches.clear()
+    resumed = False
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(tuned, tiny_model, splits, "--output-dir", str(tmp_path / "cut"))
+    resumed = True
+    monkeypatch.setattr(evaluation, "count_tokens_that_fit", lambda model: fit_later)
+    evaluate(tuned, tiny_model, splits, "--output-dir", str(tmp_path / "cut"), "--resume")
+    assert len(undisturbed) > 2 and sum(batches) == sum(undisturbed) == 14
+    assert (batches == undisturbed) == stays
+    metrics = json.loads((tmp_path / "cut" / tiny_model.name / "tuned" / "metrics.json").read_text())
+    assert metrics["run"]["tokens_at_once"] == (1500 if stays else 700)
+
+
 def test_batches_hold_the_tokens_that_fit_longest_prompts_first():
     lengths = {0: 30, 1: 90, 2: 10, 3: 90, 4: 50, 5: 300}
     args = evaluation.parse_args(["--max-new-tokens", "10"])
@@ -317,7 +346,8 @@ def test_two_processes_answer_as_one_also_after_a_kill(tiny_model, splits, tuned
 
     # What two processes had answered when they were killed: the first five queries of one, the next four of the other.
     identity = {key: metrics[0]["run"][key] for key in (
-        "model", "commit", "weights_sha256", "adapter_sha256", "test_split_sha256", "chat_template_sha256", "limit", "max_new_tokens")}
+        "model", "commit", "weights_sha256", "adapter_sha256", "test_split_sha256", "chat_template_sha256", "dtype", "limit",
+        "max_new_tokens")}
     lines = (shared / "predictions.jsonl").read_text().splitlines()
     for name, answered in (("predictions.partial.jsonl", lines[:5]), ("predictions.partial.1.jsonl", lines[4:9])):
         (shared / name).write_text("\n".join([json.dumps(identity), *answered, '{"torn']))

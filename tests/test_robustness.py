@@ -263,6 +263,7 @@ def test_without_the_best_checkpoint_a_run_goes_on_with_the_best_there_is(comman
     (TRAIN, "data", "train_split_sha256 was"), (TRAIN, "model", "weights_sha256 was"), (TRAIN, "argument", "seed was 42, is 7"),
     (EVALUATE, "data", "test_split_sha256 was"), (EVALUATE, "model", "was trained on other weights"),
     (EVALUATE, "adapter", "adapter_sha256 was"), (EVALUATE, "argument", "max_new_tokens was 60, is 9"),
+    (EVALUATE, "device", "dtype was bfloat16, is float32"),
 ])
 def test_an_unfinished_run_goes_on_with_nothing_but_its_own(commands, undisturbed, tmp_path, monkeypatch, script, change, words):
     folder = copy_of(undisturbed[0], ["processed_data", ADAPTER, f"{ADAPTER}-checkpoints"], tmp_path / "run")
@@ -272,6 +273,8 @@ def test_an_unfinished_run_goes_on_with_nothing_but_its_own(commands, undisturbe
     else:
         results = undisturbed[0] / RESULTS
         identity = json.loads((results / "metrics.json").read_text())["run"]
+        if change == "device":
+            identity["dtype"] = "bfloat16"  # as a GPU would have had it
         lines = (results / "predictions.jsonl").read_text().splitlines()[:3]
         (folder / RESULTS).mkdir(parents=True)
         (folder / RESULTS / "predictions.partial.jsonl").write_text("\n".join([json.dumps(identity), *lines, ""]))
@@ -289,7 +292,7 @@ def test_an_unfinished_run_goes_on_with_nothing_but_its_own(commands, undisturbe
         run = json.loads((folder / ADAPTER / "training_run.json").read_text())  # as if another training had left it
         run["files_sha256"][path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
         (folder / ADAPTER / "training_run.json").write_text(json.dumps(run))
-    else:
+    elif change == "argument":
         arguments += ["--seed", "7"] if script == TRAIN else ["--max-new-tokens", "9"]
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     monkeypatch.chdir(folder)

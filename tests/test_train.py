@@ -479,6 +479,21 @@ def test_out_of_memory_a_batch_is_halved_and_then_its_activations_recomputed(tin
     assert all(torch.allclose(ours[name], theirs[name], atol=1e-4) for name in ours)
 
 
+def test_bf16_is_chosen_where_the_hardware_multiplies_in_it(monkeypatch):
+    for has_gpu, gpu_multiplies, cpu_multiplies, chosen in [
+        (True, True, False, ("cuda", torch.bfloat16)), (True, False, True, ("cuda", torch.float32)),
+        (False, False, True, ("cpu", torch.bfloat16)), (False, False, False, ("cpu", torch.float32)),
+    ]:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: gpu_multiplies)
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, "avx512_bf16": cpu_multiplies})
+        assert train.choose_device() == chosen
+        assert train.choose_device("float32") == (chosen[0], torch.float32)
+        assert train.choose_device("bfloat16") == (chosen[0], torch.bfloat16)
+
+
 def test_bf16_trains_as_fp32_does_and_a_run_goes_on_in_what_it_began_with(tiny_model, splits, tmp_path, monkeypatch):
     arguments = ["--model", str(tiny_model), "--train-file", str(splits / "function_calling_train.jsonl"), "--learning-rate", "0.01"]
     monkeypatch.chdir(tmp_path)
@@ -583,14 +598,15 @@ def test_a_loss_that_is_no_number_stops_the_run(tiny_model, splits, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_give_the_losses_of_one(tiny_model, splits, tmp_path):
+@pytest.mark.parametrize("batch_size", ["1", "2"])
+def test_two_processes_give_the_losses_of_one(tiny_model, splits, tmp_path, batch_size):
     arguments = ["--model", tiny_model, "--train-file", splits / "function_calling_train.jsonl", "--dtype", "float32",
                  "--lora-dropout", "0", "--limit", "23", "--learning-rate", "0.01"]  # 18 of them to train on: four whole steps and two left over
     one = run_script(SCRIPT, *arguments, "--output-dir", "one", cwd=tmp_path)
     assert one.returncode == 0, one.stderr
     two = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(ROOT / SCRIPT),
-         *map(str, arguments), "--output-dir", "two"], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+         *map(str, arguments), "--output-dir", "two", "--batch-size", batch_size], cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert two.returncode == 0, two.stderr
     runs = [json.loads((tmp_path / name / "training_run.json").read_text()) for name in ("one", "two")]
     assert [run["processes"] for run in runs] == [1, 2]
@@ -607,6 +623,7 @@ import sys, torch
 from pathlib import Path
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from safetensors.torch import load_file
 import function_calling_train as train
 
 args = train.parse_args(["--lora-dropout", "0"])
@@ -631,6 +648,8 @@ def losses():
 
 start = {name: value.detach().clone() for name, value in model.named_parameters() if value.requires_grad}
 whole = list(losses())
+trained = train.gather_adapter(model, torch.float32)
+trained = {name: value.clone() for name, value in trained.items()}
 model.load_state_dict(start, strict=False)
 mesh = init_device_mesh("cpu", (2,))
 for layer in model.get_base_model().model.layers:
@@ -639,11 +658,22 @@ fully_shard(model, mesh=mesh)
 assert {type(value).__name__ for value in model.parameters()} == {"DTensor"}
 torch.testing.assert_close(list(losses()), whole, atol=1e-5, rtol=0)
 assert whole[2] < whole[0] - 0.1
+
+gathered = train.gather_adapter(model, torch.float32)
+assert gathered.keys() == trained.keys()
+for name in gathered:
+    torch.testing.assert_close(gathered[name], trained[name], atol=1e-4, rtol=0)
+if torch.distributed.get_rank() == 0:
+    train.save_adapter(trainer, gathered, tokenizer, Path("adapter"), args, None)
+    saved = {name.replace(".weight", ".default.weight") if "lora" in name else name + ".default": value
+             for name, value in load_file("adapter/adapter_model.safetensors").items()}
+    assert {name: value.shape for name, value in saved.items()} == {name: value.shape for name, value in start.items()}
+    assert all(torch.equal(saved[name], gathered[name]) for name in saved)
 """
 
 
 @pytest.mark.slow
-def test_a_model_sharded_over_two_processes_gives_the_losses_of_the_whole(tiny_model, splits, tmp_path):
+def test_a_model_sharded_over_two_processes_gives_the_losses_and_the_adapter_of_the_whole(tiny_model, splits, tmp_path):
     """FSDP2 as accelerate applies it on GPUs; on a CPU accelerate itself trains data-parallel whatever its config says."""
     (tmp_path / "sharded.py").write_text(SHARDED)
     process = subprocess.run(
@@ -750,7 +780,8 @@ def test_arguments_that_make_no_sense_are_wrong_usage(flag, tmp_path):
 def test_a_resumed_run_keeps_the_best_checkpoint_from_any_working_directory(tiny_model, splits, tmp_path, monkeypatch):
     """The library notes the best checkpoint by its path, relative to where the run was started."""
     monkeypatch.chdir(tmp_path)
-    arguments = ["--model", str(tiny_model), "--train-file", str(splits / "function_calling_train.jsonl")]
+    arguments = ["--model", str(tiny_model), "--train-file", str(splits / "function_calling_train.jsonl"), "--dtype", "float32",
+                 "--learning-rate", "0.01"]
     train.main([*arguments, "--output-dir", "run"])
     checkpoints = tmp_path / "run-checkpoints"
     (checkpoints / "finished_run.json").rename(checkpoints / "run.json")  # as if stopped right after its last checkpoint

@@ -69,7 +69,8 @@ def measure(args):
     import function_calling_train as train
 
     logging.set_verbosity_error()
-    dtype = train.choose_device({"published": "float32", "published-bf16": "bfloat16"}.get(args.side) if args.device == "cpu" else None)[1]
+    asked_for = {"published": "float32", "published-bf16": "bfloat16"} if args.device == "cpu" else {}
+    _, dtype = train.choose_device(asked_for.get(args.side))  # ours, and all on a GPU, is what suits the hardware
     config = json.loads((args.model_dir / "config.json").read_text())
     rows = workload.draw_rows(args.conversations, config["vocab_size"], args.length)
     steps = []
@@ -96,7 +97,8 @@ def measure(args):
         if args.side.startswith("published"):
             trainer.model.save_pretrained(Path(folder, "adapter"))
         else:
-            train.save_adapter(trainer, trainer.processing_class, Path(folder, "adapter"), train.parse_args([]), None, dtype)
+            weights = train.gather_adapter(trainer.model, dtype)
+            train.save_adapter(trainer, weights, trainer.processing_class, Path(folder, "adapter"), train.parse_args([]), None)
         adapter_bytes = Path(folder, "adapter", "adapter_model.safetensors").stat().st_size
     tokens_per_second = (steps[-1][1] - steps[0][1]) / sum(seconds for seconds, _ in steps[1:])
     seconds = sum(len(row["input_ids"]) for row in rows) / tokens_per_second

@@ -58,8 +58,8 @@ def draw_turn(rng):
 def draw_rows(num_rows, vocab_size, length=None, seed=0):
     """`num_rows` rows {"input_ids", "labels"} of random tokens, spread evenly over the lengths of the published conversations.
 
-    With `length`, all have this one. The published are about a log-normal of median 565 and mean about 650, 95 % under 1,200, and none over 4,096; so few rows have nearly the mean of
-    all. About half of the tokens stand in model turns and carry a label.
+    With `length`, all have this one. The published are about a log-normal of median 565 and mean about 650, 95 % under 1,200, and none
+    over 4,096. About half of the tokens stand in model turns and carry a label.
     """
     rng = random.Random(seed)
     rows = []
