@@ -566,10 +566,15 @@ def activation_bytes_per_token(model):
     return 4 * config.num_hidden_layers * (15 * config.hidden_size + 10 * config.intermediate_size)
 
 
+def memory_use(trainer):
+    """What a run tells of how it uses memory, in training_run.json and, once several processes ran out of it, in memory.json."""
+    return {"conversations_at_once": trainer.conversations_at_once,
+            "activations": "recomputed" if trainer.recomputes_activations else "kept"}
+
+
 def describe_memory_use(trainer):
-    num = trainer.conversations_at_once
-    return (f"{num} conversation{'s' * (num > 1)} at once, their activations "
-            + ("recomputed" if trainer.recomputes_activations else "kept"))
+    number, activations = memory_use(trainer).values()
+    return f"{number} conversation{'s' * (number > 1)} at once, their activations {activations}"
 
 
 def build_trainer(model, tokenizer, tag_ids, training, validation, args, device, dtype, checkpoint_dir, num_processes=1):
@@ -583,9 +588,16 @@ def build_trainer(model, tokenizer, tag_ids, training, validation, args, device,
 
     # A GPU starts with all it may hold and takes less once it runs out. On a CPU more at once would only add padding, and a
     # process that runs out of memory is killed: there, what the longest conversation needs is reckoned beforehand.
-    batch_size = args.batch_size or (args.conversations_per_step // num_processes if device == "cuda" else 1)
+    share_of_step = args.conversations_per_step // num_processes
+    noted = recorded(checkpoint_dir / "memory.json", "conversations_at_once") if args.resume else None
+    if type(noted) is int and noted > 0:  # what several processes ran out of memory with is not tried again
+        most = min(noted, args.batch_size or noted)
+        batch_size = max(number for number in range(1, most + 1) if share_of_step % number == 0)
+        recomputes = recorded(checkpoint_dir / "memory.json", "activations") == "recomputed"
+    else:
+        batch_size, recomputes = args.batch_size or (share_of_step if device == "cuda" else 1), False
     longest = max(map(len, training["input_ids"]))
-    activation_checkpointing = args.activation_checkpointing or (
+    activation_checkpointing = args.activation_checkpointing or recomputes or (
         device != "cuda"
         and batch_size * longest * activation_bytes_per_token(model) > psutil.virtual_memory().available / num_processes
     )
@@ -618,7 +630,7 @@ def build_trainer(model, tokenizer, tag_ids, training, validation, args, device,
 
             What was too much once is not tried again in this run.
             """
-            may_try_again = num_processes == 1  # of several, the others would wait for this one
+            may_try_again = num_processes == 1  # of several, the others would wait for this one: they go on together with --resume
             trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad] if may_try_again else []
             before = [None if parameter.grad is None else parameter.grad.clone() for parameter in trained]
             while True:
@@ -632,6 +644,7 @@ def build_trainer(model, tokenizer, tag_ids, training, validation, args, device,
                 except torch.OutOfMemoryError:
                     if not (may_try_again and self.needs_less_memory()):
                         raise
+                    tqdm.write(f"note: out of memory; going on with {describe_memory_use(self)}")
                 for parameter, gradient in zip(trained, before):  # what a part left behind is not counted twice
                     parameter.grad = None if gradient is None else gradient.clone()
                 if device == "cuda":
@@ -646,7 +659,6 @@ def build_trainer(model, tokenizer, tag_ids, training, validation, args, device,
                 self.model.get_base_model().activation_checkpointing_enable()
             else:
                 return False
-            tqdm.write(f"note: out of memory; going on with {describe_memory_use(self)}")
             return True
 
         def compute_loss(self, *inputs, **options):
@@ -1155,6 +1167,7 @@ def run(args, held):
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
         )
         options["device_map"] = {"": int(os.environ.get("LOCAL_RANK", 0))}
+    trainer = None
     try:
         model = load_base_model(model_dir, **options)
         start_tag_rows(model, tag_pieces)
@@ -1180,6 +1193,11 @@ def run(args, held):
         with contextlib.closing(trainer.progress):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except torch.OutOfMemoryError:
+        if num_processes > 1 and trainer and trainer.needs_less_memory():
+            with contextlib.suppress(FileNotFoundError):  # another process was quicker to write the same
+                write_json(checkpoint_dir / "memory.json", memory_use(trainer))
+            sys.exit(f"error: out of GPU memory: the same command with --resume (in place of --overwrite) goes on with "
+                     f"{describe_memory_use(trainer)}")
         sys.exit("error: out of GPU memory: go on with --resume, --activation-checkpointing and a smaller --batch-size, or start anew "
                  "with --overwrite and a smaller --max-length or --load-in-4bit")
     weights = gather_adapter(trainer.model, dtype)
@@ -1210,8 +1228,7 @@ def run(args, held):
         "best_step": best_step,
         "best_validation_loss": validations[best_step],
         "device": torch.cuda.get_device_name() if device == "cuda" else device,
-        "conversations_at_once": trainer.conversations_at_once,
-        "activations": "recomputed" if trainer.recomputes_activations else "kept",
+        **memory_use(trainer),
         "processes": num_processes,
         "versions": {
             name: importlib.metadata.version(name)

@@ -618,6 +618,53 @@ def test_two_processes_give_the_losses_of_one(tiny_model, splits, tmp_path, batc
     assert two.stdout.count("Trained ") == 1  # one process speaks
 
 
+SHORT_OF_MEMORY = """
+import os, sys, torch
+import function_calling_train as train
+
+real = train.build_trainer
+
+def build_for_a_small_gpu(*inputs):
+    trainer = real(*inputs)
+    backward, num_backward = trainer.accelerator.backward, 0
+
+    def backward_that_runs_out(loss, **options):
+        nonlocal num_backward
+        num_backward += 1
+        backward(loss, **options)
+        if os.environ["RANK"] == "1" and num_backward == 4 and trainer.conversations_at_once > 1:
+            raise torch.OutOfMemoryError
+
+    trainer.accelerator.backward = backward_that_runs_out
+    return trainer
+
+train.build_trainer = build_for_a_small_gpu
+train.exit_cleanly(train.main)
+"""
+
+
+@pytest.mark.slow
+def test_out_of_memory_two_processes_go_on_with_halved_batches(tiny_model, splits, tmp_path):
+    arguments = ["--model", tiny_model, "--train-file", splits / "function_calling_train.jsonl", "--dtype", "float32",
+                 "--lora-dropout", "0", "--limit", "23", "--learning-rate", "0.01", "--epochs", "2"]
+    one = run_script(SCRIPT, *arguments, "--output-dir", "one", cwd=tmp_path)
+    assert one.returncode == 0, one.stderr
+    (tmp_path / "short_of_memory.py").write_text(SHORT_OF_MEMORY)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "short_of_memory.py", *arguments,
+               "--batch-size", "2", "--output-dir", "two"]
+    for flags, code in ([], 1), (["--resume"], 0):
+        two = subprocess.run([*map(str, command), *flags], cwd=tmp_path, capture_output=True, text=True, timeout=300,
+                             env={**os.environ, "PYTHONPATH": str(ROOT)})
+        assert two.returncode == code, two.stderr
+        if not flags:
+            assert "--resume (in place of --overwrite) goes on with 1 conversation at once, their activations kept" in two.stderr
+    assert "Resuming    from checkpoint-2" in two.stdout
+    runs = [json.loads((tmp_path / name / "training_run.json").read_text()) for name in ("one", "two")]
+    assert [run["conversations_at_once"] for run in runs] == [1, 1]
+    for key in ("training_losses", "validation_losses"):
+        assert runs[0][key] == pytest.approx(runs[1][key], abs=1e-4)
+
+
 SHARDED = """
 import sys, torch
 from pathlib import Path
