@@ -1012,7 +1012,7 @@ def read_partial(paths, identity, queries):
             sys.exit(f"error: {path} cannot be gone on with ({error}): --overwrite starts anew")
         refuse_other_evaluation(path, earlier, identity)
         found |= found_here  # in two files stands what a kill kept from being taken out of one
-        if type(told := earlier.get("tokens_at_once")) is int:
+        if type(told := earlier.get("tokens_at_once")) is int and told > 0:
             tokens_at_once = told
     return list(found.values()), tokens_at_once
 

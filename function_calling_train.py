@@ -861,8 +861,10 @@ def refuse_other_run(path, description):
 
 def check_files(output_dir):
     """End the program if a file of a finished adapter is not as the training left it."""
-    run = json.loads((output_dir / "training_run.json").read_text(encoding="utf-8"))
-    for name, sha256 in run.get("files_sha256", {}).items():
+    sha256_of = recorded(output_dir / "training_run.json", "files_sha256")
+    if not isinstance(sha256_of, dict):
+        sys.exit(f"error: {output_dir / 'training_run.json'} is not as training left it: restore it, or train again with --overwrite")
+    for name, sha256 in sha256_of.items():
         if not (output_dir / name).is_file() or sha256_of_file(output_dir / name) != sha256:
             sys.exit(f"error: {output_dir / name} is not as training left it: restore it, or train again with --overwrite")
 

@@ -321,14 +321,18 @@ def test_answers_are_not_lost_with_what_lies_beside_them(commands, undisturbed, 
     assert predictions.read_bytes() == before
 
 
-@pytest.mark.parametrize("damage", ["changed", "absent"])
+@pytest.mark.parametrize("damage", ["changed", "absent", "no hashes"])
 def test_a_finished_adapter_that_was_damaged_is_not_merged(commands, undisturbed, tmp_path, monkeypatch, damage):
     folder = copy_of(undisturbed[0], ["processed_data", ADAPTER, f"{ADAPTER}-checkpoints"], tmp_path)
     path = folder / ADAPTER / "adapter_model.safetensors"
     content = path.read_bytes()
-    path.unlink() if damage == "absent" else path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    if damage == "no hashes":
+        path = path.with_name("training_run.json")
+        path.write_text(json.dumps({**json.loads(path.read_text()), "files_sha256": 3}))
+    else:
+        path.unlink() if damage == "absent" else path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     monkeypatch.chdir(folder)
-    with pytest.raises(SystemExit, match="adapter_model.safetensors is not as training left it"):
+    with pytest.raises(SystemExit, match=f"{path.name} is not as training left it"):
         train.main([*map(str, commands[TRAIN]), "--resume", "--merge"])
     assert not (folder / f"{ADAPTER}-merged").exists()
 

@@ -97,9 +97,13 @@ def main():
     parser = workload.make_parser("Generation against the published configuration.")
     parser.add_argument("--queries", type=int, help="prompts to answer (default: 48 on CPU, 1,100 on CUDA)")
     parser.add_argument("--max-new-tokens", type=int, help="longest output, tokens; outputs shrink with it (default: 64 on CPU, 256 on CUDA)")
-    args = parser.parse_args()
-    args.queries = args.queries or (1100 if args.device == "cuda" else 48)
-    args.max_new_tokens = args.max_new_tokens or (256 if args.device == "cuda" else 64)
+    args = workload.parse_args(parser)
+    if args.queries is None:
+        args.queries = 1100 if args.device == "cuda" else 48
+    if args.max_new_tokens is None:
+        args.max_new_tokens = 256 if args.device == "cuda" else 64
+    if args.queries < 1 or args.max_new_tokens < 2:
+        parser.error("--queries must be at least 1, --max-new-tokens at least 2")
     if args.side:
         print(json.dumps(measure(args)))
         return

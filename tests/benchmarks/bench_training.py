@@ -141,10 +141,15 @@ def main():
     parser.add_argument("--length", type=int, help="tokens of every conversation (default: spread as the published ones)")
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=["published", "ours", "ours-recomputing"],
                         help="what to run (default: the first, third and fourth)")
-    args = parser.parse_args()
-    args.conversations = args.conversations or (400 if args.device == "cuda" else 16)
+    args = workload.parse_args(parser)
+    if args.conversations is None:
+        args.conversations = 400 if args.device == "cuda" else 16
     if args.conversations % 4 or args.conversations < 8:
         parser.error("--conversations must be a multiple of 4, and at least 8")
+    if args.length is not None and args.length < 2:
+        parser.error("--length must be at least 2")
+    if len(set(args.sides)) < len(args.sides):
+        parser.error("--sides must name a side once")
     if args.side:
         print(json.dumps(measure(args)))
         return

@@ -102,6 +102,17 @@ def make_parser(description):
     return parser
 
 
+def parse_args(parser):
+    """What the command line says; asked for a GPU where there is none, the program ends."""
+    args = parser.parse_args()
+    if args.device == "cuda":
+        import torch
+
+        if not torch.cuda.is_available():
+            sys.exit("error: --device cuda: this machine has no CUDA GPU")
+    return args
+
+
 def run_side(script, side, arguments):
     """Run one side of a benchmark in a process of its own; returns what it measured."""
     print(f"running     {side} ...", flush=True)
@@ -125,7 +136,7 @@ def print_table(title, rows, sides, reference):
     """A table with a line for each of `rows`, (label, key, format), and the ratio of each side to the side `reference`."""
     names = list(sides)
     print(f"\n{title}\n")
-    print("| | " + " | ".join(names) + " | " + " | ".join(f"{name} : {reference}" for name in names if name != reference) + " |")
+    print("| " + " | ".join(["", *names, *(f"{name} : {reference}" for name in names if name != reference)]) + " |")
     print("|---" * (2 * len(names)) + "|")
     for label, key, form in rows:
         values = [sides[name].get(key) for name in names]
@@ -133,7 +144,7 @@ def print_table(title, rows, sides, reference):
             continue
         base = sides[reference].get(key)
         ratios = [f"{sides[name][key] / base:.2f}" if base and sides[name].get(key) else "-" for name in names if name != reference]
-        print(f"| {label} | " + " | ".join("-" if value is None else form.format(value) for value in values) + " | " + " | ".join(ratios) + " |")
+        print("| " + " | ".join([label, *("-" if value is None else form.format(value) for value in values), *ratios]) + " |")
     print()
 
 
