@@ -7,8 +7,9 @@
 
 "ours" is what function_calling_train.py does without flags: its own dtype, loading, LoRA and trainer. "published" is the published
 recipe in plain library options: eager attention, micro-batches of one accumulated to four, activation checkpointing, full logits, loss
-on all tokens, LoRA on embeddings and head too, bf16 where a GPU has it; "published-bf16" has it on a CPU, too, and "ours-fp32" nowhere. Weights and tokens are
-random; they cost what real ones cost. Steps are timed one by one, without the first; validation and checkpoints are left out everywhere.
+on all tokens, LoRA on embeddings and head too, bf16 where a GPU has it; "published-bf16" has it on a CPU, too, and "ours-fp32" nowhere.
+Weights and tokens are random; they cost what real ones cost. Steps are timed one by one, without the first; validation and checkpoints
+are left out everywhere.
 """
 
 import json
