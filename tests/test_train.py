@@ -369,6 +369,15 @@ def test_the_adapter_stays_small_at_gemmas_real_shapes(name, shape, limit_mb, tm
 # Stopping and going on
 
 
+def test_a_checkpoint_of_a_sharded_model_is_whole_with_its_own_file_of_the_optimizer(finished, tmp_path):
+    """Sharded by FSDP2, the library saves the optimizer's state as optimizer.bin."""
+    shutil.copytree(next(finished.glob("*-checkpoints/checkpoint-*")), tmp_path / "checkpoint-4")
+    (tmp_path / "checkpoint-4" / "optimizer.pt").rename(tmp_path / "checkpoint-4" / "optimizer.bin")
+    assert train.find_checkpoints(tmp_path) == [tmp_path / "checkpoint-4"]
+    os.truncate(tmp_path / "checkpoint-4" / "optimizer.bin", 100)
+    assert train.find_checkpoints(tmp_path) == []
+
+
 @pytest.mark.slow
 def test_a_killed_run_goes_on_to_the_very_same_adapter(tiny_model, splits, tmp_path):
     arguments = ["--model", tiny_model, "--train-file", splits / "function_calling_train.jsonl", "--dtype", "float32", "--epochs", "6"]
