@@ -1274,6 +1274,10 @@ def exit_cleanly(main):
         print("\ninterrupted: run the same command with --resume (in place of --overwrite) to go on from the last checkpoint",
               file=sys.stderr)
         sys.exit(130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still to be flushed has no reader either
+        sys.exit("error: standard output was closed: run the same command with --resume (in place of --overwrite) to go on from the "
+                 "last checkpoint")
     except Exception as error:
         if is_disk_full(error):
             sys.exit(f"error: a file could not be written ({first_line(error)}): make room on the disk, then run the same "

@@ -369,6 +369,15 @@ def test_the_adapter_stays_small_at_gemmas_real_shapes(name, shape, limit_mb, tm
 # Stopping and going on
 
 
+def test_a_training_whose_output_nobody_reads_says_how_to_go_on(tiny_model, splits, tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / SCRIPT), "--model", str(tiny_model), "--train-file", str(splits / "function_calling_train.jsonl")],
+        cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.close()
+    assert process.stderr.read().startswith("error: standard output was closed: run the same command with --resume")
+    assert process.wait() == 1
+
+
 def test_a_checkpoint_of_a_sharded_model_is_whole_with_its_own_file_of_the_optimizer(finished, tmp_path):
     """Sharded by FSDP2, the library saves the optimizer's state as optimizer.bin."""
     shutil.copytree(next(finished.glob("*-checkpoints/checkpoint-*")), tmp_path / "checkpoint-4")
