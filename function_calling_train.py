@@ -13,6 +13,7 @@ goes on from the last of them.
 import argparse
 import contextlib
 import errno
+import functools
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -120,8 +121,8 @@ def parse_args(argv=None):
     # Hardware
     add("--dtype", "what the base model is held and multiplied in (default: bfloat16 on CUDA GPUs that multiply in it and CPUs with "
         "AVX512-BF16, else float32)", choices=DTYPES)
-    add("--batch-size", "conversations a device holds at once; must divide those of a step (default: as many as a CUDA GPU's memory "
-        "holds, 1 elsewhere)", type=int)
+    add("--batch-size", "conversations a device holds at once; must divide those of a step (default: on CUDA, as many as make at most "
+        "--max-length tokens and fit into memory; 1 elsewhere)", type=int)
     add("--activation-checkpointing", "recompute activations: slower, less memory (default: only where memory is short)",
         action="store_true")
     add("--load-in-4bit", "QLoRA: hold the base model in 4 bits (nf4); needs CUDA", action="store_true")
@@ -543,6 +544,94 @@ def replace_embedding_and_head(model):
     model.forward = forward
 
 
+def replace_projections_and_norms(model):
+    """Give LoRA's projections, the MLPs and the norms of a model forward passes that keep less for the backward pass.
+
+    PEFT brings the input of each projection to LoRA's fp32, drops some of it there and brings it back; autograd keeps every step of
+    that, and of the norms. Here a projection W x + scaling B A (x * kept) keeps its input, which its neighbours share, and a byte for each
+    number that dropout may drop; the one that leaves an MLP keeps the outputs of the two before it in place of its own input; a norm
+    keeps its input. All else is computed again. Losses and gradients are the libraries', but for rounding and for which numbers are dropped.
+    """
+    import torch
+    from peft.tuners.lora import Linear as LoraLinear
+    from transformers.models.gemma3.modeling_gemma3 import Gemma3MLP, Gemma3RMSNorm
+
+    def draw_kept(states, dropout):
+        """1 where dropout keeps a number of `states`, else 0, as int8, which multiplies faster than bool; None if it keeps all."""
+        if not dropout:
+            return None
+        if states.device.type != "cpu":
+            return (torch.rand(states.shape, device=states.device) >= dropout).to(torch.int8)
+        # A CPU draws one number after the other, which took a seventh of a step: one of 64 bits is drawn for four.
+        drawn = torch.empty(math.ceil(states.numel() / 4), dtype=torch.int64).random_(-2**63, None).view(torch.int16)
+        kept = torch.empty(states.shape, dtype=torch.int8)
+        return torch.ge(drawn[:states.numel()].view(states.shape), round(dropout * 2**16) - 2**15, out=kept)
+
+    class Projection(torch.autograd.Function):
+        """W x + scaling B A (x * kept) for x of shape [tokens, width], or for x = act_fn(gate) * up where a gate is given."""
+
+        @staticmethod
+        def forward(ctx, up, gate, act_fn, weight, lora_a, lora_b, scaling, kept):
+            states = up if gate is None else act_fn(gate) * up
+            low_rank = (states if kept is None else states * kept) @ lora_a.T
+            ctx.save_for_backward(up, gate, weight, lora_a, lora_b, kept, low_rank)
+            ctx.act_fn, ctx.scaling = act_fn, scaling
+            return (states @ weight.T).addmm_(low_rank, lora_b.T, alpha=scaling)
+
+        @staticmethod
+        def backward(ctx, gradient):
+            up, gate, weight, lora_a, lora_b, kept, low_rank = ctx.saved_tensors
+            states = up
+            if gate is not None:
+                with torch.enable_grad():
+                    gate = gate.detach().requires_grad_()
+                    activated = ctx.act_fn(gate)
+                states = activated.detach() * up
+            low_rank_slope = gradient @ lora_b * ctx.scaling
+            lora_a_slope = low_rank_slope.T @ (states if kept is None else states * kept)
+            lora_b_slope = gradient.T @ low_rank * ctx.scaling
+            through_lora = low_rank_slope @ lora_a
+            slope = (gradient @ weight).add_(through_lora if kept is None else through_lora.mul_(kept))
+            gate_slope = None
+            if gate is not None:
+                gate_slope, = torch.autograd.grad(activated, gate, slope * up)
+                slope *= activated.detach()
+            return slope, gate_slope, None, None, lora_a_slope, lora_b_slope, None, None
+
+    class Norm(torch.autograd.Function):
+        """Gemma's RMS norm: x / sqrt(mean(x^2) + eps) * scale in fp32, for x of any shape and scale of its last dimension."""
+
+        @staticmethod
+        def forward(ctx, states, scale, eps):
+            inverse = states.float().square().mean(-1, keepdim=True).add_(eps).rsqrt_()
+            ctx.save_for_backward(states, scale, inverse)
+            return (states.float() * inverse).mul_(scale).to(states.dtype)
+
+        @staticmethod
+        def backward(ctx, gradient):
+            states, scale, inverse = ctx.saved_tensors
+            normed, gradient = states.float() * inverse, gradient.float() * scale
+            slope = gradient - normed * (gradient * normed).mean(-1, keepdim=True)
+            return slope.mul_(inverse).to(states.dtype), None, None
+
+    def project(module, states, gate=None, act_fn=None):
+        weight, (width, depth) = module.base_layer.weight, module.base_layer.weight.shape
+        lora_a, lora_b = (adapter["default"].weight.to(weight.dtype) for adapter in (module.lora_A, module.lora_B))
+        dropout = getattr(module.lora_dropout["default"], "p", 0.0) if module.training else 0.0
+        up, gate = states.reshape(-1, depth), gate if gate is None else gate.reshape(-1, depth)
+        scaling = module.scaling["default"] / (1 - dropout)
+        projected = Projection.apply(up, gate, act_fn, weight, lora_a, lora_b, scaling, draw_kept(up, dropout))
+        return projected.view(*states.shape[:-1], width)
+
+    for module in model.modules():
+        if isinstance(module, Gemma3RMSNorm):
+            module.forward = lambda states, norm=module: Norm.apply(states, 1.0 + norm.weight.float(), norm.eps)
+        elif type(module) is LoraLinear:  # PEFT's for weights in 4 bits is another class, and stays
+            module.forward = functools.partial(project, module)
+        elif isinstance(module, Gemma3MLP) and type(module.down_proj) is LoraLinear:
+            module.forward = lambda states, mlp=module: mlp.down_proj(mlp.up_proj(states), mlp.gate_proj(states), mlp.act_fn)
+
+
 def lora_config(args, tag_ids):
     """LoRA on the seven projections and the trainable rows of the tags; none on embeddings or head."""
     from peft import LoraConfig
@@ -574,7 +663,22 @@ def memory_use(trainer):
 
 def describe_memory_use(trainer):
     number, activations = memory_use(trainer).values()
-    return f"{number} conversation{'s' * (number > 1)} at once, their activations {activations}"
+    return f"{f'up to {number} conversations' if number > 1 else '1 conversation'} at once, their activations {activations}"
+
+
+def cut_into_parts(lengths, most_rows, most_tokens):
+    """Share out rows of the given `lengths`, in tokens, to parts: lists of row numbers, the longest rows first.
+
+    A part holds at most `most_rows` rows, which make at most `most_tokens` tokens when they are padded to the longest of them; at
+    least one row.
+    """
+    parts = []
+    for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
+        if parts and len(parts[-1]) < most_rows and (len(parts[-1]) + 1) * lengths[parts[-1][0]] <= most_tokens:
+            parts[-1].append(row)
+        else:
+            parts.append([row])
+    return parts
 
 
 def build_trainer(model, tokenizer, tag_ids, training, validation, args, device, dtype, checkpoint_dir, num_processes=1):
@@ -586,8 +690,9 @@ def build_trainer(model, tokenizer, tag_ids, training, validation, args, device,
     from transformers.trainer_callback import PrinterCallback, ProgressCallback
     from trl import SFTConfig, SFTTrainer
 
-    # A GPU starts with all it may hold and takes less once it runs out. On a CPU more at once would only add padding, and a
-    # process that runs out of memory is killed: there, what the longest conversation needs is reckoned beforehand.
+    # On a CPU more than one conversation at once would only add padding. A GPU takes those of a step as far as they make no more tokens
+    # than one conversation may have, which bounds the memory they take. Whether it is there is reckoned beforehand, since a process
+    # on a CPU that runs out is killed; a GPU takes less once it runs out.
     share_of_step = args.conversations_per_step // num_processes
     noted = recorded(checkpoint_dir / "memory.json", "conversations_at_once") if args.resume else None
     if type(noted) is int and noted > 0:  # what several processes ran out of memory with is not tried again
@@ -596,11 +701,14 @@ def build_trainer(model, tokenizer, tag_ids, training, validation, args, device,
         recomputes = recorded(checkpoint_dir / "memory.json", "activations") == "recomputed"
     else:
         batch_size, recomputes = args.batch_size or (share_of_step if device == "cuda" else 1), False
-    longest = max(map(len, training["input_ids"]))
-    activation_checkpointing = args.activation_checkpointing or recomputes or (
-        device != "cuda"
-        and batch_size * longest * activation_bytes_per_token(model) > psutil.virtual_memory().available / num_processes
-    )
+    if device == "cuda":
+        to_come = model.get_memory_footprint() if model.device.type == "cpu" else 0  # the trainer brings the model there
+        free = torch.cuda.mem_get_info(int(os.environ.get("LOCAL_RANK", 0)))[0] - to_come
+    else:
+        free = psutil.virtual_memory().available / num_processes
+    longest, tokens_that_fit = max(map(len, training["input_ids"])), free // activation_bytes_per_token(model)
+    most_tokens = args.batch_size * longest if args.batch_size else max(longest, min(args.max_length, tokens_that_fit))
+    activation_checkpointing = args.activation_checkpointing or recomputes or most_tokens > tokens_that_fit
     labels_per_row = sum(label != -100 for row in validation["labels"] for label in row[1:]) / len(validation)
 
     class Trainer(SFTTrainer):
@@ -628,18 +736,17 @@ def build_trainer(model, tokenizer, tag_ids, training, validation, args, device,
         def sum_over_parts(self, inputs, compute):
             """The sum of compute(part) over the parts that `inputs` must be cut into; smaller ones after running out of memory.
 
-            What was too much once is not tried again in this run.
+            Rows of like length stand in one part. What was too much once is not tried again in this run.
             """
+            lengths = inputs["attention_mask"].sum(1).tolist()
             may_try_again = num_processes == 1  # of several, the others would wait for this one: they go on together with --resume
             trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad] if may_try_again else []
             before = [None if parameter.grad is None else parameter.grad.clone() for parameter in trained]
             while True:
                 try:
                     total = 0.0
-                    for start in range(0, len(inputs["input_ids"]), self.conversations_at_once):
-                        rows = slice(start, start + self.conversations_at_once)
-                        width = int(inputs["attention_mask"][rows].sum(1).max())
-                        total += compute({name: values[rows, :width] for name, values in inputs.items()})
+                    for rows in cut_into_parts(lengths, self.conversations_at_once, most_tokens):
+                        total += compute({name: values[rows, :lengths[rows[0]]] for name, values in inputs.items()})
                     return total
                 except torch.OutOfMemoryError:
                     if not (may_try_again and self.needs_less_memory()):
@@ -770,6 +877,7 @@ def build_trainer(model, tokenizer, tag_ids, training, validation, args, device,
     # TRL reads lm_head.bias, which PEFT's wrapper around the tied head does not pass on.
     trainer.model.get_output_embeddings().bias = None
     replace_embedding_and_head(trainer.model.get_base_model())
+    replace_projections_and_norms(trainer.model)
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     trainer.progress = RunProgress()

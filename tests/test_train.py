@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -36,7 +37,7 @@ def tagged(tiny_model):
     return tokenizer, tag_pieces
 
 
-def build(tiny_model, splits, tagged, tmp_path, *arguments):
+def build(tiny_model, splits, tagged, tmp_path, *arguments, device="cpu"):
     """A trainer as a run of the script has it."""
     args = train.parse_args(["--model", str(tiny_model), *arguments])
     tokenizer, tag_pieces = tagged
@@ -45,7 +46,7 @@ def build(tiny_model, splits, tagged, tmp_path, *arguments):
     model = train.load_base_model(tiny_model, dtype=torch.float32)
     train.start_tag_rows(model, tag_pieces)
     return train.build_trainer(
-        model, tokenizer, list(tag_pieces), training, validation, args, "cpu", torch.float32, tmp_path / "checkpoints")
+        model, tokenizer, list(tag_pieces), training, validation, args, device, torch.float32, tmp_path / "checkpoints")
 
 
 @pytest.fixture(scope="module")
@@ -242,6 +243,107 @@ def test_in_bf16_a_likely_token_still_has_a_slope(tiny_model, splits, tagged, tm
     for ours, reference in ((hidden.grad[0, :-1], slopes @ weight), (delta.grad, slopes[:, 6:14].T @ states.double())):
         error = (ours.double() - reference).norm(dim=1) / reference.norm(dim=1)
         assert error[reference.norm(dim=1) > 1e-4].max() < 0.05
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.bfloat16, 0.05)])
+def test_projections_mlps_and_norms_are_those_of_the_libraries(tiny_model, splits, tagged, tmp_path, monkeypatch, dtype, tolerance):
+    """Logits, loss and gradients of the layers that keep less, against those of Transformers and PEFT as they are."""
+    results = []
+    for as_it_is in (False, True):
+        if as_it_is:
+            monkeypatch.setattr(train, "replace_projections_and_norms", lambda model: None)
+        trainer = build(tiny_model, splits, tagged, tmp_path, "--batch-size", "4", "--lora-dropout", "0")
+        model = trainer.model.train()
+        for name, value in model.named_parameters():
+            value.data = value.data.to(dtype if not value.requires_grad else torch.float32)
+            torch.manual_seed(len(name))  # LoRA's B starts at zero, Gemma's scales at one: here they have something to say
+            if "lora_B" in name or "norm" in name:
+                value.data.normal_(std=0.2)
+        batch = trainer.data_collator([trainer.train_dataset[index] for index in range(4)])
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+            loss = trainer.compute_loss(model, dict(batch))
+        loss.backward()
+        results.append({"logits": logits.detach(), "loss": loss.detach(),
+                        **{name: value.grad for name, value in model.named_parameters() if value.requires_grad}})
+    ours, libraries = results
+    for name, reference in libraries.items():
+        error = (ours[name].double() - reference.double()).norm() / reference.double().norm()
+        assert reference.norm() > 0 and error < tolerance, name
+
+
+def test_dropout_drops_its_share_before_lora_in_training_only_and_the_slope_sees_the_same_drops(tiny_model, splits, tagged, tmp_path):
+    trainer = build(tiny_model, splits, tagged, tmp_path, "--lora-dropout", "0.2", "--lora-rank", "32", "--lora-alpha", "32")
+    module = trainer.model.get_base_model().model.layers[0].mlp.gate_proj
+    (width, depth), num_tokens = module.base_layer.weight.shape, 2001  # tokens by depth is not to be a multiple of four in general
+    module.base_layer.weight.data.zero_()
+    module.lora_A["default"].weight.data.copy_(torch.eye(32, depth))
+    module.lora_B["default"].weight.data.copy_(torch.eye(width, 32))
+    states = torch.full((1, num_tokens, depth), 3.0, requires_grad=True)
+    torch.manual_seed(0)
+    first, second = module(states), module(states)
+    for projected in (first, second):  # what is kept is made larger by what is dropped
+        assert set(projected[..., :32].unique().tolist()) == {0.0, 3.75} and not projected[..., 32:].any()
+        share = (projected[..., :32] == 0).double().mean().item()
+        assert abs(share - 0.2) < 4 * math.sqrt(0.2 * 0.8 / (32 * num_tokens))
+    assert not torch.equal(first, second)
+    first.sum().backward()
+    assert torch.equal(states.grad, first.detach()[..., :depth] / 3)
+    assert torch.equal(module.eval()(states)[..., :32], states)
+
+
+@pytest.mark.parametrize("dropout", ["0", "0.3"])
+def test_gradients_predict_how_the_loss_changes(tiny_model, splits, tagged, tmp_path, dropout):
+    """The slope of the loss along a random direction, against two losses to both sides of it, with the same numbers dropped."""
+    trainer = build(tiny_model, splits, tagged, tmp_path, "--lora-dropout", dropout)
+    batch = trainer.data_collator([trainer.train_dataset[index] for index in range(2)])
+    trained = [value for value in trainer.model.parameters() if value.requires_grad]
+    torch.manual_seed(1)
+    for value in trained:
+        value.data += 0.1 * torch.randn_like(value)
+    directions = [torch.randn_like(value) for value in trained]
+
+    def loss_at(distance):
+        for value, direction in zip(trained, directions):
+            value.data += distance * direction
+        torch.manual_seed(2)
+        loss = trainer.compute_loss(trainer.model.train(), dict(batch))
+        for value, direction in zip(trained, directions):
+            value.data -= distance * direction
+        return loss
+
+    loss_at(0).backward()
+    slope = sum((value.grad * direction).sum() for value, direction in zip(trained, directions)).item()
+    step = 3e-3
+    assert slope == pytest.approx((loss_at(step) - loss_at(-step)).item() / (2 * step), rel=0.02)
+
+
+def test_rows_of_like_length_share_a_part_as_far_as_its_tokens_go():
+    assert train.cut_into_parts([700, 100, 650, 120], most_rows=4, most_tokens=1400) == [[0, 2], [3, 1]]
+    assert train.cut_into_parts([700, 100, 650, 120], most_rows=4, most_tokens=700) == [[0], [2], [3, 1]]
+    assert train.cut_into_parts([5, 5, 5, 5], most_rows=3, most_tokens=100) == [[0, 1, 2], [3]]
+    assert train.cut_into_parts([9, 4], most_rows=4, most_tokens=3) == [[0], [1]]  # a row too long for it still gets a part
+
+
+def test_a_gpu_takes_as_many_conversations_of_a_step_as_one_conversation_may_have_tokens(tiny_model, splits, tagged, tmp_path, monkeypatch):
+    """A CPU under a GPU's name: a step's conversations come at once, its losses are those of one conversation at a time."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10**12, 10**12))
+    one_by_one = build(tiny_model, splits, tagged, tmp_path, "--lora-dropout", "0", "--learning-rate", "0.01", "--max-steps", "3")
+    longest = max(map(len, one_by_one.train_dataset["input_ids"]))
+    together = build(tiny_model, splits, tagged, tmp_path, "--lora-dropout", "0", "--learning-rate", "0.01", "--max-steps", "3",
+                     "--max-length", str(3 * longest), device="cuda")
+    shapes = []
+    model = together.model.get_base_model()
+    forward = model.forward
+    monkeypatch.setattr(model, "forward", lambda *inputs, **options: shapes.append(options["input_ids"].shape) or forward(*inputs, **options))
+    for trainer in (one_by_one, together):
+        trainer.train()
+    assert together.conversations_at_once == 4 and not together.recomputes_activations
+    assert max(rows for rows, _ in shapes) == 3 and all(rows * width <= 3 * longest for rows, width in shapes)
+    losses = [[entry.get("loss", entry.get("eval_loss")) for entry in trainer.state.log_history[:-1]] for trainer in (one_by_one, together)]
+    assert len(losses[0]) == 6 and losses[0] == pytest.approx(losses[1], abs=1e-5)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10**4, 10**12))
+    assert build(tiny_model, splits, tagged, tmp_path, device="cuda").recomputes_activations
 
 
 def test_labels_of_a_batch_are_those_of_its_rows(tiny_model, splits, tagged, tmp_path):
@@ -487,7 +589,7 @@ def test_out_of_memory_a_batch_is_halved_and_then_its_activations_recomputed(tin
     output = capsys.readouterr().out
     for memory_use in ("1 conversation at once, their activations kept", "1 conversation at once, their activations recomputed"):
         assert f"note: out of memory; going on with {memory_use}" in output
-    assert ("going on with 2 conversations at once, their activations kept" in output) == (batch_size == "4")
+    assert ("going on with up to 2 conversations at once, their activations kept" in output) == (batch_size == "4")
     whole, small = (json.loads((tmp_path / name / "training_run.json").read_text()) for name in ("whole", "small"))
     assert small["conversations_at_once"] == 1 and small["activations"] == "recomputed" and whole["activations"] == "kept"
     assert whole["training_losses"] == pytest.approx(small["training_losses"], abs=1e-4)
