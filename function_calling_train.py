@@ -548,9 +548,10 @@ def replace_projections_and_norms(model):
     """Give LoRA's projections, the MLPs and the norms of a model forward passes that keep less for the backward pass.
 
     PEFT brings the input of each projection to LoRA's fp32, drops some of it there and brings it back; autograd keeps every step of
-    that, and of the norms. Here a projection W x + scaling B A (x * kept) keeps its input, which its neighbours share, and a byte for each
-    number that dropout may drop; the one that leaves an MLP keeps the outputs of the two before it in place of its own input; a norm
-    keeps its input. All else is computed again. Losses and gradients are the libraries', but for rounding and for which numbers are dropped.
+    that, and of the norms. Here a projection W x + scaling B A (x * kept) keeps its input, which its neighbours share, and a byte for
+    each number that dropout may drop; the one that leaves an MLP keeps the outputs of the two before it in place of its own input;
+    a norm keeps its input. Beside these, what is as small as LoRA's rank is kept, and all else is computed again. Losses and
+    gradients are the libraries', but for rounding and for which numbers are dropped.
     """
     import torch
     from peft.tuners.lora import Linear as LoraLinear
@@ -562,13 +563,14 @@ def replace_projections_and_norms(model):
             return None
         if states.device.type != "cpu":
             return (torch.rand(states.shape, device=states.device) >= dropout).to(torch.int8)
-        # A CPU draws one number after the other, which took a seventh of a step: one of 64 bits is drawn for four.
-        drawn = torch.empty(math.ceil(states.numel() / 4), dtype=torch.int64).random_(-2**63, None).view(torch.int16)
+        # A CPU draws one number after the other, which took a seventh of a step: one of 64 bits is drawn for four. Gemma's widths
+        # are multiples of four.
+        drawn = torch.empty(states.numel() // 4, dtype=torch.int64).random_(-2**63, None).view(torch.int16)
         kept = torch.empty(states.shape, dtype=torch.int8)
-        return torch.ge(drawn[:states.numel()].view(states.shape), round(dropout * 2**16) - 2**15, out=kept)
+        return torch.ge(drawn.view(states.shape), round(dropout * 2**16) - 2**15, out=kept)
 
     class Projection(torch.autograd.Function):
-        """W x + scaling B A (x * kept) for x of shape [tokens, width], or for x = act_fn(gate) * up where a gate is given."""
+        """W x + scaling B A (x * kept) for x of shape [tokens, inputs]; x is `up`, or act_fn(gate) * up where a gate is given."""
 
         @staticmethod
         def forward(ctx, up, gate, act_fn, weight, lora_a, lora_b, scaling, kept):
@@ -610,25 +612,33 @@ def replace_projections_and_norms(model):
         @staticmethod
         def backward(ctx, gradient):
             states, scale, inverse = ctx.saved_tensors
-            normed, gradient = states.float() * inverse, gradient.float() * scale
-            slope = gradient - normed * (gradient * normed).mean(-1, keepdim=True)
+            normed, normed_slope = states.float() * inverse, gradient.float() * scale
+            slope = normed_slope - normed * (normed_slope * normed).mean(-1, keepdim=True)
             return slope.mul_(inverse).to(states.dtype), None, None
 
     def project(module, states, gate=None, act_fn=None):
-        weight, (width, depth) = module.base_layer.weight, module.base_layer.weight.shape
+        weight = module.base_layer.weight
+        num_outputs, num_inputs = weight.shape
         lora_a, lora_b = (adapter["default"].weight.to(weight.dtype) for adapter in (module.lora_A, module.lora_B))
         dropout = getattr(module.lora_dropout["default"], "p", 0.0) if module.training else 0.0
-        up, gate = states.reshape(-1, depth), gate if gate is None else gate.reshape(-1, depth)
-        scaling = module.scaling["default"] / (1 - dropout)
-        projected = Projection.apply(up, gate, act_fn, weight, lora_a, lora_b, scaling, draw_kept(up, dropout))
-        return projected.view(*states.shape[:-1], width)
+        up = states.to(weight.dtype).reshape(-1, num_inputs)
+        if gate is not None:
+            gate = gate.reshape(-1, num_inputs)
+        with torch.autocast(states.device.type, enabled=False):  # all has the dtype of the weight already
+            projected = Projection.apply(
+                up, gate, act_fn, weight, lora_a, lora_b, module.scaling["default"] / (1 - dropout), draw_kept(up, dropout)
+            )
+        return projected.view(*states.shape[:-1], num_outputs)
+
+    def is_plain(module):  # PEFT's for weights in 4 bits is another class, and stays
+        return type(module) is LoraLinear and module.base_layer.bias is None
 
     for module in model.modules():
         if isinstance(module, Gemma3RMSNorm):
             module.forward = lambda states, norm=module: Norm.apply(states, 1.0 + norm.weight.float(), norm.eps)
-        elif type(module) is LoraLinear:  # PEFT's for weights in 4 bits is another class, and stays
+        elif is_plain(module):
             module.forward = functools.partial(project, module)
-        elif isinstance(module, Gemma3MLP) and type(module.down_proj) is LoraLinear:
+        elif isinstance(module, Gemma3MLP) and is_plain(module.down_proj):
             module.forward = lambda states, mlp=module: mlp.down_proj(mlp.up_proj(states), mlp.gate_proj(states), mlp.act_fn)
 
 
@@ -647,7 +657,10 @@ def lora_config(args, tag_ids):
 
 
 def activation_bytes_per_token(model):
-    """About what a token's activations take in training, in bytes: fitted to runs on a CPU, bf16 and fp32, at the shapes of 270M and 1B."""
+    """About what a token's activations take in training, in bytes.
+
+    Fitted to runs on a CPU, in bf16 and fp32, at the shapes of 270M and 1B; a model in 4 bits takes more.
+    """
     config = model.config
     numbers = 2 * config.intermediate_size + 2 * config.hidden_size + 10 * config.num_attention_heads * config.head_dim
     return config.num_hidden_layers * (model.dtype.itemsize + 2) * numbers
@@ -661,7 +674,8 @@ def memory_use(trainer):
 
 def describe_memory_use(trainer):
     number, activations = memory_use(trainer).values()
-    return f"{f'up to {number} conversations' if number > 1 else '1 conversation'} at once, their activations {activations}"
+    conversations = "1 conversation" if number == 1 else f"up to {number} conversations"
+    return f"{conversations} at once, their activations {activations}"
 
 
 def cut_into_parts(lengths, most_rows, most_tokens):
@@ -690,7 +704,8 @@ def build_trainer(model, tokenizer, tag_ids, training, validation, args, device,
 
     # On a CPU more than one conversation at once would only add padding. A GPU takes those of a step as far as they make no more tokens
     # than one conversation may have, which bounds the memory they take. Whether it is there is reckoned beforehand, since a process
-    # on a CPU that runs out is killed; a GPU takes less once it runs out.
+    # on a CPU that runs out is killed; a GPU takes less once it runs out. Several GPUs must cut their batches alike, whatever the
+    # lengths and the memory of each: they begin with whole ones.
     share_of_step = args.conversations_per_step // num_processes
     noted = recorded(checkpoint_dir / "memory.json", "conversations_at_once") if args.resume else None
     if type(noted) is int and noted > 0:  # what several processes ran out of memory with is not tried again
@@ -699,13 +714,18 @@ def build_trainer(model, tokenizer, tag_ids, training, validation, args, device,
         recomputes = recorded(checkpoint_dir / "memory.json", "activations") == "recomputed"
     else:
         batch_size, recomputes = args.batch_size or (share_of_step if device == "cuda" else 1), False
-    if device == "cuda":
+    longest = max(map(len, training["input_ids"]))
+    if device != "cuda":
+        tokens_that_fit = psutil.virtual_memory().available / num_processes // activation_bytes_per_token(model)
+    elif num_processes == 1:
         to_come = model.get_memory_footprint() if model.device.type == "cpu" else 0  # the trainer brings the model there
-        free = torch.cuda.mem_get_info(int(os.environ.get("LOCAL_RANK", 0)))[0] - to_come
+        tokens_that_fit = (torch.cuda.mem_get_info()[0] - to_come) // activation_bytes_per_token(model)
     else:
-        free = psutil.virtual_memory().available / num_processes
-    longest, tokens_that_fit = max(map(len, training["input_ids"])), free // activation_bytes_per_token(model)
-    most_tokens = args.batch_size * longest if args.batch_size else max(longest, min(args.max_length, tokens_that_fit))
+        tokens_that_fit = math.inf
+    if args.batch_size or num_processes > 1:
+        most_tokens = batch_size * longest
+    else:
+        most_tokens = max(longest, min(args.max_length, tokens_that_fit))
     activation_checkpointing = args.activation_checkpointing or recomputes or most_tokens > tokens_that_fit
     labels_per_row = sum(label != -100 for row in validation["labels"] for label in row[1:]) / len(validation)
 
@@ -715,7 +735,7 @@ def build_trainer(model, tokenizer, tag_ids, training, validation, args, device,
         Neither depends on how the conversations are batched and shared out to processes.
         """
 
-        conversations_at_once = batch_size
+        conversations_at_once, tokens_at_once = batch_size, most_tokens
         recomputes_activations = activation_checkpointing
 
         def training_step(self, model, inputs, num_items_in_batch=None):
@@ -743,11 +763,12 @@ def build_trainer(model, tokenizer, tag_ids, training, validation, args, device,
             while True:
                 try:
                     total = 0.0
-                    for rows in cut_into_parts(lengths, self.conversations_at_once, most_tokens):
+                    for rows in cut_into_parts(lengths, self.conversations_at_once, self.tokens_at_once):
+                        num_tried = len(rows)
                         total += compute({name: values[rows, :lengths[rows[0]]] for name, values in inputs.items()})
                     return total
                 except torch.OutOfMemoryError:
-                    if not (may_try_again and self.needs_less_memory()):
+                    if not (may_try_again and self.needs_less_memory(num_tried)):
                         raise
                     tqdm.write(f"note: out of memory; going on with {describe_memory_use(self)}")
                 for parameter, gradient in zip(trained, before):  # what a part left behind is not counted twice
@@ -755,10 +776,10 @@ def build_trainer(model, tokenizer, tag_ids, training, validation, args, device,
                 if device == "cuda":
                     torch.cuda.empty_cache()
 
-        def needs_less_memory(self):
-            """Take the next measure that saves memory; returns whether there was one."""
-            if self.conversations_at_once > 1:
-                self.conversations_at_once //= 2
+        def needs_less_memory(self, num_tried):
+            """Take the next measure after `num_tried` conversations were too much at once; returns whether there was one."""
+            if num_tried > 1:
+                self.conversations_at_once = num_tried // 2
             elif not self.recomputes_activations:
                 self.recomputes_activations = True
                 self.model.get_base_model().activation_checkpointing_enable()
@@ -1301,7 +1322,7 @@ def run(args, held):
         with contextlib.closing(trainer.progress):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except torch.OutOfMemoryError:
-        if num_processes > 1 and trainer and trainer.needs_less_memory():
+        if num_processes > 1 and trainer and trainer.needs_less_memory(trainer.conversations_at_once):
             with contextlib.suppress(FileNotFoundError):  # another process was quicker to write the same
                 write_json(checkpoint_dir / "memory.json", memory_use(trainer))
             sys.exit(f"error: out of GPU memory: the same command with --resume (in place of --overwrite) goes on with "

@@ -37,7 +37,7 @@ def tagged(tiny_model):
     return tokenizer, tag_pieces
 
 
-def build(tiny_model, splits, tagged, tmp_path, *arguments, device="cpu"):
+def build(tiny_model, splits, tagged, tmp_path, *arguments, device="cpu", num_processes=1):
     """A trainer as a run of the script has it."""
     args = train.parse_args(["--model", str(tiny_model), *arguments])
     tokenizer, tag_pieces = tagged
@@ -46,7 +46,7 @@ def build(tiny_model, splits, tagged, tmp_path, *arguments, device="cpu"):
     model = train.load_base_model(tiny_model, dtype=torch.float32)
     train.start_tag_rows(model, tag_pieces)
     return train.build_trainer(
-        model, tokenizer, list(tag_pieces), training, validation, args, device, torch.float32, tmp_path / "checkpoints")
+        model, tokenizer, list(tag_pieces), training, validation, args, device, torch.float32, tmp_path / "checkpoints", num_processes)
 
 
 @pytest.fixture(scope="module")
@@ -275,7 +275,7 @@ def test_projections_mlps_and_norms_are_those_of_the_libraries(tiny_model, split
 def test_dropout_drops_its_share_before_lora_in_training_only_and_the_slope_sees_the_same_drops(tiny_model, splits, tagged, tmp_path):
     trainer = build(tiny_model, splits, tagged, tmp_path, "--lora-dropout", "0.2", "--lora-rank", "32", "--lora-alpha", "32")
     module = trainer.model.get_base_model().model.layers[0].mlp.gate_proj
-    (width, depth), num_tokens = module.base_layer.weight.shape, 2001  # tokens by depth is not to be a multiple of four in general
+    (width, depth), num_tokens = module.base_layer.weight.shape, 2001
     module.base_layer.weight.data.zero_()
     module.lora_A["default"].weight.data.copy_(torch.eye(32, depth))
     module.lora_B["default"].weight.data.copy_(torch.eye(width, 32))
@@ -314,8 +314,39 @@ def test_gradients_predict_how_the_loss_changes(tiny_model, splits, tagged, tmp_
 
     loss_at(0).backward()
     slope = sum((value.grad * direction).sum() for value, direction in zip(trained, directions)).item()
-    step = 3e-3
-    assert slope == pytest.approx((loss_at(step) - loss_at(-step)).item() / (2 * step), rel=0.02)
+    step = 1e-3
+    assert slope == pytest.approx((loss_at(step) - loss_at(-step)).item() / (2 * step), rel=5e-3)
+
+
+def test_recomputed_activations_give_the_gradients_of_kept_ones_and_kept_ones_take_less_than_the_libraries(
+        tiny_model, splits, tagged, tmp_path, monkeypatch):
+    gradients, num_bytes = {}, {}
+    for which in ("kept", "recomputed", "libraries"):
+        if which == "libraries":
+            monkeypatch.setattr(train, "replace_projections_and_norms", lambda model: None)
+        trainer = build(tiny_model, splits, tagged, tmp_path, "--lora-dropout", "0.3")
+        model = trainer.model.train()
+        if which == "recomputed":
+            model.get_base_model().activation_checkpointing_enable()
+        batch = trainer.data_collator([trainer.train_dataset[0]])
+        torch.manual_seed(3)
+        for name, value in model.named_parameters():
+            if "lora_B" in name:
+                value.data.normal_()
+        held = {}
+
+        def hold(tensor):
+            held[tensor.untyped_storage().data_ptr()] = tensor
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(hold, lambda tensor: tensor):
+            loss = trainer.compute_loss(model, dict(batch))
+        parameters = {value.untyped_storage().data_ptr() for value in model.parameters()}
+        num_bytes[which] = sum(tensor.untyped_storage().nbytes() for place, tensor in held.items() if place not in parameters)
+        loss.backward()
+        gradients[which] = [value.grad for value in model.parameters() if value.requires_grad]
+    assert all(torch.equal(kept, recomputed) for kept, recomputed in zip(gradients["kept"], gradients["recomputed"]))
+    assert num_bytes["recomputed"] < num_bytes["kept"] < 0.75 * num_bytes["libraries"]
 
 
 def test_rows_of_like_length_share_a_part_as_far_as_its_tokens_go():
@@ -327,7 +358,7 @@ def test_rows_of_like_length_share_a_part_as_far_as_its_tokens_go():
 
 def test_a_gpu_takes_as_many_conversations_of_a_step_as_one_conversation_may_have_tokens(tiny_model, splits, tagged, tmp_path, monkeypatch):
     """A CPU under a GPU's name: a step's conversations come at once, its losses are those of one conversation at a time."""
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10**12, 10**12))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (10**12, 10**12))
     one_by_one = build(tiny_model, splits, tagged, tmp_path, "--lora-dropout", "0", "--learning-rate", "0.01", "--max-steps", "3")
     longest = max(map(len, one_by_one.train_dataset["input_ids"]))
     together = build(tiny_model, splits, tagged, tmp_path, "--lora-dropout", "0", "--learning-rate", "0.01", "--max-steps", "3",
@@ -335,15 +366,47 @@ def test_a_gpu_takes_as_many_conversations_of_a_step_as_one_conversation_may_hav
     shapes = []
     model = together.model.get_base_model()
     forward = model.forward
-    monkeypatch.setattr(model, "forward", lambda *inputs, **options: shapes.append(options["input_ids"].shape) or forward(*inputs, **options))
+
+    def forward_and_tell(*inputs, **options):
+        shapes.append(options["input_ids"].shape)
+        return forward(*inputs, **options)
+
+    monkeypatch.setattr(model, "forward", forward_and_tell)
     for trainer in (one_by_one, together):
         trainer.train()
     assert together.conversations_at_once == 4 and not together.recomputes_activations
     assert max(rows for rows, _ in shapes) == 3 and all(rows * width <= 3 * longest for rows, width in shapes)
-    losses = [[entry.get("loss", entry.get("eval_loss")) for entry in trainer.state.log_history[:-1]] for trainer in (one_by_one, together)]
+    losses = [[entry.get("loss", entry.get("eval_loss")) for entry in trainer.state.log_history[:-1]]
+              for trainer in (one_by_one, together)]
     assert len(losses[0]) == 6 and losses[0] == pytest.approx(losses[1], abs=1e-5)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10**4, 10**12))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (10**4, 10**12))
     assert build(tiny_model, splits, tagged, tmp_path, device="cuda").recomputes_activations
+
+
+def test_several_gpus_cut_their_batches_alike_whatever_the_lengths_in_each(tiny_model, splits, tagged, tmp_path):
+    """A part more in one process than in another would leave both waiting for ever."""
+    trainer = build(tiny_model, splits, tagged, tmp_path, "--max-length", "200", device="cuda", num_processes=2)
+    longest = max(map(len, trainer.train_dataset["input_ids"]))
+    assert trainer.args.per_device_train_batch_size == trainer.conversations_at_once == 2 and 2 * longest > 200
+    for lengths in ([longest, longest], [20, longest], [20, 20]):
+        assert len(train.cut_into_parts(lengths, trainer.conversations_at_once, trainer.tokens_at_once)) == 1
+
+
+def test_what_was_too_much_at_once_is_not_tried_again(tiny_model, splits, tagged, tmp_path, monkeypatch):
+    """Parts of two conversations of a step of eight run out: the next are of one, and then recomputed, with nothing between."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (10**12, 10**12))
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    longest = max(map(len, build(tiny_model, splits, tagged, tmp_path).train_dataset["input_ids"]))
+    trainer = build(tiny_model, splits, tagged, tmp_path, "--conversations-per-step", "8", "--max-length", str(2 * longest), device="cuda")
+    tried = []
+
+    def run_out(part):
+        tried.append((len(part["input_ids"]), trainer.recomputes_activations))
+        raise torch.OutOfMemoryError
+
+    with pytest.raises(torch.OutOfMemoryError):
+        trainer.sum_over_parts(trainer.data_collator([trainer.train_dataset[index] for index in range(8)]), run_out)
+    assert tried == [(2, False), (1, False), (1, True)]
 
 
 def test_labels_of_a_batch_are_those_of_its_rows(tiny_model, splits, tagged, tmp_path):
