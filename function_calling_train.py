@@ -121,8 +121,8 @@ def parse_args(argv=None):
     # Hardware
     add("--dtype", "what the base model is held and multiplied in (default: bfloat16 on CUDA GPUs that multiply in it and CPUs with "
         "AVX512-BF16, else float32)", choices=DTYPES)
-    add("--batch-size", "conversations a device holds at once; must divide those of a step (default: on CUDA, as many as make at most "
-        "--max-length tokens and fit into memory; 1 elsewhere)", type=int)
+    add("--batch-size", "conversations a device holds at once; must divide those of a step (default: on one CUDA GPU, as many as make at most "
+        "--max-length tokens and fit into memory; on several, its share of a step; 1 elsewhere)", type=int)
     add("--activation-checkpointing", "recompute activations: slower, less memory (default: only where memory is short)",
         action="store_true")
     add("--load-in-4bit", "QLoRA: hold the base model in 4 bits (nf4); needs CUDA", action="store_true")
