@@ -65,6 +65,7 @@ ADAPTER_FILES = ["adapter_config.json", "adapter_model.safetensors", "tokenizer.
 DISK_FULL = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT}
 FINISH_REASONS = ["end_of_turn", "max_new_tokens", "prompt_too_long"]
 SERVER_REASONS = {"stop": "end_of_turn", "length": "max_new_tokens"}  # as servers of OpenAI's kind name them
+STEPS_AT_ONCE = 16  # tokens generated before the rows that have ended leave a batch
 MAX_NESTING = 100  # levels of lists and objects in a call's arguments
 NUM_RESAMPLES, BOOTSTRAP_SEED = 2000, 0
 MAX_LINES_SHOWN = 20  # of the reference and of the output of a failure; predictions.jsonl holds them whole
@@ -772,30 +773,80 @@ def break_up(text, control_tokens):
     return text
 
 
+def share_beginnings(prompts):
+    """Which texts to read so that each prompt, but for its last token, begins one of them.
+
+    Returns (texts, longest first, [the index of its text for each prompt]); all are lists of token ids. A turn's prompt holds
+    the earlier ones of its conversation, so that most conversations have one text.
+    """
+    texts, text_of = [], [0] * len(prompts)
+    for index in sorted(range(len(prompts)), key=lambda index: -len(prompts[index])):
+        beginning = prompts[index][:-1]
+        found = next((number for number, text in enumerate(texts) if text[:len(beginning)] == beginning), None)
+        if found is None:
+            found = len(texts)
+            texts.append(beginning)
+        text_of[index] = found
+    return texts, text_of
+
+
+def read_prompts(model, prompts, pad_id):
+    """Keys and values of each prompt but for its last token, padded on the left: a cache to generate from.
+
+    What the prompts of one conversation have in common is read once. Texts are padded on the right to be read, where no token
+    of theirs looks.
+    """
+    import torch
+    from transformers import DynamicCache
+
+    texts, text_of = share_beginnings(prompts)
+    width = len(texts[0])
+    input_ids = torch.tensor([text + [pad_id] * (width - len(text)) for text in texts])
+    read = DynamicCache()  # without the model's config it keeps what leaves the sliding window, where shorter prompts end
+    model.model(input_ids=input_ids.to(model.device), past_key_values=read)
+    row = torch.tensor(text_of, device=model.device)[:, None]
+    padding = torch.tensor([width + 1 - len(prompt) for prompt in prompts], device=model.device)[:, None]
+    position = (torch.arange(width, device=model.device) - padding).clamp(min=0)  # what stands in the padding is masked
+    cache = DynamicCache(config=model.config)
+    for number, layer in enumerate(read.layers):
+        # from (texts, heads, width, numbers of a head) to (prompts, heads, width, numbers of a head)
+        cache.update(layer.keys[row, :, position].transpose(1, 2), layer.values[row, :, position].transpose(1, 2), number)
+        layer.reset()
+    return cache
+
+
 def generate_batch(model, prompts, stop_ids, pad_id, max_new_tokens):
-    """Greedy outputs for a batch of prompts (lists of token ids), as lists of token ids without the stop token.
+    """Greedy outputs for a batch of prompts (lists of at least two token ids), as lists of token ids without the stop token.
 
     Returns [(output ids, whether the turn was ended)]. Prompts are padded on the left, so that each output starts at the
-    padded width.
+    padded width. Every STEPS_AT_ONCE tokens the rows that have ended leave the batch.
     """
     import torch
     from transformers import GenerationConfig
 
     width = max(map(len, prompts))
-    input_ids = torch.full((len(prompts), width), pad_id)
-    attention_mask = torch.zeros_like(input_ids)
-    for row, prompt in enumerate(prompts):
-        input_ids[row, width - len(prompt):] = torch.tensor(prompt)
-        attention_mask[row, width - len(prompt):] = 1
-    model.generation_config = GenerationConfig(
-        max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=stop_ids, pad_token_id=pad_id
-    )
+    ids = torch.tensor([[pad_id] * (width - len(prompt)) + prompt for prompt in prompts], device=model.device)
+    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=model.device)
+    outputs, rows = [([], False)] * len(prompts), list(range(len(prompts)))
     with torch.inference_mode():
-        sequences = model.generate(input_ids.to(model.device), attention_mask=attention_mask.to(model.device))
-    outputs = []
-    for tokens in sequences[:, width:].tolist():
-        end = next((position for position, token in enumerate(tokens) if token in stop_ids), None)
-        outputs.append((tokens[:end], end is not None))
+        cache = read_prompts(model, prompts, pad_id)
+        while rows and (num_left := width + max_new_tokens - ids.shape[1]):
+            model.generation_config = GenerationConfig(
+                max_new_tokens=min(STEPS_AT_ONCE, num_left), do_sample=False, eos_token_id=stop_ids, pad_token_id=pad_id
+            )
+            ids = model.generate(ids, attention_mask=mask, past_key_values=cache)
+            mask = torch.nn.functional.pad(mask, (0, ids.shape[1] - mask.shape[1]), value=1)
+            unended = []
+            for place, tokens in enumerate(ids[:, width:].tolist()):
+                end = next((position for position, token in enumerate(tokens) if token in stop_ids), None)
+                outputs[rows[place]] = tokens[:end], end is not None
+                if end is None:
+                    unended.append(place)
+            if len(unended) < len(rows):
+                rows = [rows[place] for place in unended]
+                kept = torch.tensor(unended, dtype=torch.long, device=model.device)
+                ids, mask = ids[kept], mask[kept]
+                cache.batch_select_indices(kept)
     return outputs
 
 
@@ -817,23 +868,27 @@ def count_tokens_that_fit(model):
     return min(free // num_sharing // 2 // (numbers * model.dtype.itemsize), 131_072 if on_gpu else 32_768)
 
 
-def plan_batches(lengths, args, tokens_at_once):
-    """Share out queries, given as {index: tokens of the prompt}, to batches: lists of indices, longest prompts first.
+def plan_batches(conversations, args, tokens_at_once):
+    """Share out queries, given as {index: tokens of the prompt} for each conversation, to batches: lists of indices, longest first.
 
     A batch holds --batch-size queries, or else as many as make at most `tokens_at_once` tokens, each as long as the longest prompt
-    of the batch and an output; at least one.
+    of the batch and an output; at least one. Only a conversation larger than a batch is divided: its turns are read together.
     """
-    batches, size = [], 0
-    for index in sorted(lengths, key=lambda index: (-lengths[index], index)):
-        if not batches or len(batches[-1]) >= size:
-            size = args.batch_size or max(1, tokens_at_once // (lengths[index] + args.max_new_tokens))
-            batches.append([])
-        batches[-1].append(index)
+    batches, room = [], 0
+    for lengths in sorted(conversations, key=lambda lengths: -max(lengths.values())):
+        indices = sorted(lengths, key=lambda index: -lengths[index])
+        if len(indices) <= room:
+            batches[-1] += indices
+            room -= len(indices)
+            continue
+        size = args.batch_size or max(1, tokens_at_once // (lengths[indices[0]] + args.max_new_tokens))
+        batches += [indices[start:start + size] for start in range(0, len(indices), size)]
+        room = size - len(batches[-1])
     return batches
 
 
 def answer_queries(queries, model, tokenizer, scorer, args, tokens_at_once, rank=0, num_processes=1):
-    """Generate and score an output for each query, longest prompts first; yields the predictions batch by batch.
+    """Generate and score an output for each query, longest conversations first; yields the predictions batch by batch.
 
     Of several processes each takes its share of the batches, which are the same for any number of them.
     """
@@ -865,7 +920,7 @@ def answer_queries(queries, model, tokenizer, scorer, args, tokens_at_once, rank
     def generate(batch):
         """Outputs for a batch, in halves where the whole does not fit."""
         nonlocal too_many
-        num_tokens = len(batch) * (len(prompts[batch[0]]) + args.max_new_tokens)
+        num_tokens = len(batch) * (max(len(prompts[index]) for index in batch) + args.max_new_tokens)
         if num_tokens < too_many or len(batch) == 1:
             try:
                 return generate_batch(
@@ -882,7 +937,10 @@ def answer_queries(queries, model, tokenizer, scorer, args, tokens_at_once, rank
     too_long = [query for index, query in enumerate(queries) if index not in prompts] if rank == 0 else []
     if too_long:
         yield [predict(query, "", "prompt_too_long") for query in too_long]
-    batches = plan_batches({index: len(prompt) for index, prompt in prompts.items()}, args, tokens_at_once)[rank::num_processes]
+    conversations = {}
+    for index, prompt in prompts.items():
+        conversations.setdefault(queries[index]["conversation_id"], {})[index] = len(prompt)
+    batches = plan_batches(conversations.values(), args, tokens_at_once)[rank::num_processes]
     last_told, num_answered = time.monotonic(), len(too_long)
     num_queries = num_answered + sum(map(len, batches))
     share = "" if num_processes == 1 else f" (process 1 of {num_processes})"

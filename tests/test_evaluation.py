@@ -169,6 +169,39 @@ def test_a_batch_generates_what_each_prompt_does_alone(tiny_model):
     assert evaluation.generate_batch(model, prompts[:1], [stop], 0, 20) == [(output[:output.index(stop)], True)]
 
 
+def generate_in_plain_way(model, prompt, stop_ids, max_new_tokens):
+    """What the library generates for one prompt without any of evaluation.py's own code."""
+    from transformers import GenerationConfig
+
+    model.generation_config = GenerationConfig(max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=stop_ids, pad_token_id=0)
+    with torch.inference_mode():
+        return model.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.long))[0, len(prompt):].tolist()
+
+
+def test_turns_read_together_are_answered_as_each_is_alone(tiny_model):
+    """Prompts of conversations longer than the sliding window, which begin alike, and one that begins like another and goes on otherwise."""
+    model = evaluation.load_model(tiny_model, None, "cpu", torch.float32)
+    window = model.config.sliding_window
+    assert window < 90
+    generator = torch.Generator().manual_seed(2)
+    first, second = (torch.randint(110, 700, (200,), generator=generator).tolist() for _ in range(2))
+    prompts = [first[:40], first[:90] + [7], first[:199], first[:120] + second[:30], second[:150], second[:25], second[:3], first[:199]]
+    alone = [generate_in_plain_way(model, prompt, [106], 40) for prompt in prompts]
+    # Stop tokens that the outputs hold at different places, so that rows leave the batch while others go on.
+    stop_ids = [alone[0][3], alone[1][20], alone[4][35]]
+    expected = []
+    for prompt in prompts:
+        tokens = generate_in_plain_way(model, prompt, stop_ids, 40)
+        ended = tokens[-1] in stop_ids
+        expected.append((tokens[:-1] if ended else tokens, ended))
+    assert len({len(tokens) // evaluation.STEPS_AT_ONCE for tokens, _ in expected}) > 1
+    assert evaluation.generate_batch(model, prompts, stop_ids, 0, 40) == expected
+
+
+def test_each_text_is_read_once():
+    assert evaluation.share_beginnings([[1, 2, 9], [1, 2, 3, 4, 9], [1, 5, 9], [1, 9]]) == ([[1, 2, 3, 4], [1, 5]], [0, 0, 1, 0])
+
+
 def test_the_adapter_is_merged_without_changing_what_the_model_says(tiny_model, tuned):
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
@@ -296,14 +329,19 @@ def test_a_resumed_evaluation_keeps_its_batches_while_they_can_fit(tiny_model, s
     assert metrics["run"]["tokens_at_once"] == (1500 if stays else 700)
 
 
-def test_batches_hold_the_tokens_that_fit_longest_prompts_first():
-    lengths = {0: 30, 1: 90, 2: 10, 3: 90, 4: 50, 5: 300}
+def test_batches_hold_the_tokens_that_fit_longest_conversations_first():
+    conversations = [{0: 30, 1: 50}, {2: 10}, {3: 20, 4: 60, 5: 90}, {6: 300}]
     args = evaluation.parse_args(["--max-new-tokens", "10"])
-    # 310 tokens with its output are more than 200, yet answered; then two of 100, three of at most 60
-    assert evaluation.plan_batches(lengths, args, 200) == [[5], [1, 3], [4, 0, 2]]
-    assert evaluation.plan_batches(lengths, args, 0) == [[5], [1], [3], [4], [0], [2]]
+    # 310 tokens with its output are more than 300, yet answered; then three of at most 100, and three of at most 60
+    assert evaluation.plan_batches(conversations, args, 300) == [[6], [5, 4, 3], [1, 0, 2]]
+    assert evaluation.plan_batches(conversations, args, 0) == [[6], [5], [4], [3], [1], [0], [2]]
+    # Four of 100 would fit, but then a conversation's two turns would be apart.
+    assert evaluation.plan_batches(conversations, args, 400) == [[6], [5, 4, 3], [1, 0, 2]]
+    # A conversation larger than a batch is divided, and what is left of it goes with the next.
+    args = evaluation.parse_args(["--batch-size", "2"])
+    assert evaluation.plan_batches(conversations, args, 300) == [[6], [5, 4], [3], [1, 0], [2]]
     args = evaluation.parse_args(["--batch-size", "4"])
-    assert evaluation.plan_batches(lengths, args, 200) == [[5, 1, 3, 4], [0, 2]]
+    assert evaluation.plan_batches(conversations, args, 300) == [[6, 5, 4, 3], [1, 0, 2]]
 
 
 def test_out_of_memory_a_batch_of_queries_is_halved(tiny_model, splits, tuned, tmp_path, monkeypatch):
@@ -318,8 +356,8 @@ def test_out_of_memory_a_batch_of_queries_is_halved(tiny_model, splits, tuned, t
 
     monkeypatch.setattr(evaluation, "generate_batch", generate_on_a_small_gpu)
     evaluate(tuned, tiny_model, splits, "--output-dir", str(tmp_path / "small"), "--batch-size", "7")
-    # Of 14 queries: the second seven are not tried whole again, though four of them are, which are shorter than the four before.
-    assert sizes == [7, 3, 4, 2, 2, 3, 4, 2, 2]
+    # Of 14 queries: after the six, seven are not tried whole, though four of them are, which are shorter.
+    assert sizes == [6, 3, 3, 3, 4, 2, 2, 1]
     whole, small = (tmp_path / name / tiny_model.name / "tuned" / "predictions.jsonl" for name in ("whole", "small"))
     assert whole.read_bytes() == small.read_bytes()
     monkeypatch.setattr(evaluation, "generate_batch", lambda *arguments: (_ for _ in ()).throw(torch.OutOfMemoryError))

@@ -6,10 +6,11 @@
 
 "ours" is what evaluation.py does without flags: its own loading, batches and generation, with the adapter's weights in the model's
 own (merged, a model costs what its base costs). "published" is its recipe in plain library options: eager attention, batches of 24
-in the order of the data, an unmerged adapter on embeddings and head too, and no stop at the end of a turn. Weights and prompts are
-random; each query has a drawn length at which the model is made to end its turn (median 50 tokens, mean about 100).
+in the order of the data, an unmerged adapter on embeddings and head too, and no stop at the end of a turn. Weights and conversations
+are random; each model turn is a query, with a drawn length at which the model is made to end it (median 50 tokens, mean about 100).
 """
 
+import itertools
 import json
 import random
 import sys
@@ -19,34 +20,46 @@ import time
 import workload
 
 
-def draw_queries(num_queries, max_new_tokens, vocab_size):
-    """Prompts as lists of token ids, the last of which says how many tokens the model is to answer."""
-    prompts, rng = [], random.Random(1)
+def draw_conversations(num_queries, max_new_tokens, vocab_size):
+    """Conversations, each a list of prompts as token ids: one for each model turn, `num_queries` in all.
+
+    A prompt is what comes before the turn, and a last token which says how long the answer is to be.
+    """
+    conversations, rng = [], random.Random(1)
     for row in workload.draw_rows(num_queries, vocab_size):
         starts = [place for place in range(1, len(row["labels"])) if row["labels"][place] != -100 and row["labels"][place - 1] == -100]
-        for start in starts:
-            answer = max(2, min(max_new_tokens, workload.draw_turn(rng) * max_new_tokens // 256))
-            prompts.append([*row["input_ids"][:start], workload.FIRST_WORD + answer])
-    rng.shuffle(prompts)
-    return prompts[:num_queries]
+        answers = [max(2, min(max_new_tokens, workload.draw_turn(rng) * max_new_tokens // 256)) for _ in starts]
+        prompts = [[*row["input_ids"][:start], workload.FIRST_WORD + answer] for start, answer in zip(starts, answers)]
+        conversations.append(prompts[:num_queries])
+        num_queries -= len(conversations[-1])
+        if not num_queries:
+            return conversations
 
 
 def end_turns_as_drawn(model):
-    """Make the model end each turn after as many tokens as its prompt says, and not earlier."""
+    """Make the model count down: after a token that stands for n come those for n - 1 to 1, then the end of the turn."""
     import torch
 
-    def remember(module, arguments, options):
-        if options["input_ids"].shape[1] > 1:
-            module.step, module.answer_lengths = 0, options["input_ids"][:, -1] - workload.FIRST_WORD
-        module.step += 1
+    def count_down(module, arguments, options, outputs):
+        next_token = options["input_ids"][:, -1] - 1
+        next_token[next_token == workload.FIRST_WORD] = workload.END_OF_TURN
+        next_token[next_token < workload.END_OF_TURN] = workload.FIRST_WORD - 1  # past its end, of which the published recipe knows nothing
+        outputs.logits[torch.arange(len(next_token)), -1, next_token] = torch.inf
 
-    def end(module, arguments, options, outputs):
-        is_due = module.step >= module.answer_lengths
-        outputs.logits[:, -1, workload.END_OF_TURN] = torch.where(is_due, torch.inf, -torch.inf).to(outputs.logits.dtype)
-        outputs.logits[:, -1, 1] = -torch.inf
+    model.register_forward_hook(count_down, with_kwargs=True)
 
-    model.register_forward_pre_hook(remember, with_kwargs=True)
-    model.register_forward_hook(end, with_kwargs=True)
+
+def generate_in_plain_way(model, prompts, max_new_tokens):
+    """The library's generation for a batch of prompts padded on the left."""
+    import torch
+    from transformers import GenerationConfig
+
+    width = max(map(len, prompts))
+    ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts], device=model.device)
+    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=model.device)
+    model.generation_config = GenerationConfig(max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=[1], pad_token_id=0)
+    with torch.inference_mode():
+        model.generate(input_ids=ids, attention_mask=mask)
 
 
 def measure(args):
@@ -59,7 +72,9 @@ def measure(args):
     logging.set_verbosity_error()
     dtype = evaluation.choose_device()[1]
     config = json.loads((args.model_dir / "config.json").read_text())
-    prompts = draw_queries(args.queries, args.max_new_tokens, config["vocab_size"])
+    conversations = draw_conversations(args.queries, args.max_new_tokens, config["vocab_size"])
+    prompts = [prompt for conversation in conversations for prompt in conversation]
+    answer_lengths = [prompt[-1] - workload.FIRST_WORD for prompt in prompts]
     if args.side == "published":
         from peft import LoraConfig, get_peft_model
         from transformers import AutoModelForCausalLM
@@ -71,25 +86,26 @@ def measure(args):
         targets = [*train.LORA_TARGETS, "embed_tokens", "lm_head"]
         model = get_peft_model(model, LoraConfig(r=16, lora_alpha=64, target_modules=targets, task_type="CAUSAL_LM")).eval()
         batches = [list(range(start, min(start + 24, len(prompts)))) for start in range(0, len(prompts), 24)]
-        stop_ids = [1]
     else:
         model = evaluation.load_model(args.model_dir, None, args.device, dtype)
         end_turns_as_drawn(model)
         flags = evaluation.parse_args(["--max-new-tokens", str(args.max_new_tokens)])
-        lengths = {index: len(prompt) for index, prompt in enumerate(prompts)}
+        number = itertools.count()
+        lengths = [{next(number): len(prompt) for prompt in conversation} for conversation in conversations]
         batches = evaluation.plan_batches(lengths, flags, evaluation.count_tokens_that_fit(model))
-        stop_ids = [1, workload.END_OF_TURN]
-    start, num_tokens = time.perf_counter(), 0
+    start = time.perf_counter()
     for batch in batches:
-        outputs = evaluation.generate_batch(model, [prompts[index] for index in batch], stop_ids, 0, args.max_new_tokens)
-        num_tokens += sum(prompts[index][-1] - workload.FIRST_WORD for index in batch)
-        if args.side != "published":
-            expected = [prompts[index][-1] - workload.FIRST_WORD for index in batch]
-            assert [len(tokens) + ended for tokens, ended in outputs] == expected, "the model did not end its turns as drawn"
+        batch_prompts = [prompts[index] for index in batch]
+        if args.side == "published":
+            generate_in_plain_way(model, batch_prompts, args.max_new_tokens)
+            continue
+        outputs = evaluation.generate_batch(model, batch_prompts, [1, workload.END_OF_TURN], 0, args.max_new_tokens)
+        for index, (tokens, ended) in zip(batch, outputs, strict=True):
+            assert len(tokens) + ended == answer_lengths[index], "the model did not end its turns as drawn"
     if args.device == "cuda":
         torch.cuda.synchronize()
     seconds = time.perf_counter() - start
-    return {"queries_per_second": len(prompts) / seconds, "tokens_per_second": num_tokens / seconds, "seconds": seconds,
+    return {"queries_per_second": len(prompts) / seconds, "tokens_per_second": sum(answer_lengths) / seconds, "seconds": seconds,
             "peak_gb": workload.peak_memory(args.device), "host_gb": workload.peak_memory("cpu"), "batches": len(batches)}
 
 
@@ -112,9 +128,10 @@ def main():
         arguments = ["--device", args.device, "--queries", str(args.queries), "--max-new-tokens", str(args.max_new_tokens),
                      "--model-dir", model_dir]
         results = {side: workload.run_side(__file__, side, arguments) for side in ("published", "ours")}
-    lengths = [len(prompt) for prompt in draw_queries(args.queries, args.max_new_tokens, workload.vocab_size(args.model))]
-    title = (f"Generation, shape of {args.model}, {args.queries:,} prompts of {min(lengths)} to {max(lengths):,} tokens (mean "
-             f"{sum(lengths) / len(lengths):,.0f}), at most {args.max_new_tokens} new ones; {workload.describe_machine(args.device)}")
+    conversations = draw_conversations(args.queries, args.max_new_tokens, workload.vocab_size(args.model))
+    lengths = [len(prompt) for conversation in conversations for prompt in conversation]
+    title = (f"Generation, shape of {args.model}, {args.queries:,} prompts of {len(conversations):,} conversations, {min(lengths)} to "
+             f"{max(lengths):,} tokens (mean {sum(lengths) / len(lengths):,.0f}), at most {args.max_new_tokens} new ones; {workload.describe_machine(args.device)}")
     workload.print_table(title, [
         ("queries/s", "queries_per_second", "{:,.3f}"),
         ("tokens/s of answers", "tokens_per_second", "{:,.1f}"),
