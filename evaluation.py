@@ -793,25 +793,38 @@ def share_beginnings(prompts):
 def read_prompts(model, prompts, pad_id):
     """Keys and values of each prompt but for its last token, padded on the left: a cache to generate from.
 
-    What the prompts of one conversation have in common is read once. Texts are padded on the right to be read, where no token
-    of theirs looks.
+    What the prompts of one conversation have in common is read once. Texts of like length are read together, padded on the
+    right, where no token of theirs looks.
     """
     import torch
     from transformers import DynamicCache
 
     texts, text_of = share_beginnings(prompts)
+    groups = []
+    for index, text in enumerate(texts):
+        if not groups or len(text) < 0.8 * len(texts[groups[-1][0]]):  # more padding would cost more than it gains
+            groups.append([])
+        groups[-1].append(index)
     width = len(texts[0])
-    input_ids = torch.tensor([text + [pad_id] * (width - len(text)) for text in texts])
-    read = DynamicCache()  # without the model's config it keeps what leaves the sliding window, where shorter prompts end
-    model.model(input_ids=input_ids.to(model.device), past_key_values=read)
-    row = torch.tensor(text_of, device=model.device)[:, None]
-    padding = torch.tensor([width + 1 - len(prompt) for prompt in prompts], device=model.device)[:, None]
-    position = (torch.arange(width, device=model.device) - padding).clamp(min=0)  # what stands in the padding is masked
+    states = []  # of each layer: keys and values, of shape (prompts, heads, width, numbers of a head)
+    for group in groups:
+        longest = len(texts[group[0]])
+        input_ids = torch.tensor([texts[index] + [pad_id] * (longest - len(texts[index])) for index in group])
+        read = DynamicCache()  # without the model's config it keeps what leaves the sliding window, where shorter prompts end
+        model.model(input_ids=input_ids.to(model.device), past_key_values=read)
+        rows = [row for row in range(len(prompts)) if text_of[row] in group]
+        source = torch.tensor([[text_of[row] - group[0]] for row in rows], device=model.device)
+        padding = torch.tensor([[width + 1 - len(prompts[row])] for row in rows], device=model.device)
+        position = (torch.arange(width, device=model.device) - padding).clamp(min=0)  # what stands in the padding is masked
+        for number, layer in enumerate(read.layers):
+            if group is groups[0]:
+                states.append([part.new_empty(len(prompts), part.shape[1], width, part.shape[3]) for part in (layer.keys, layer.values)])
+            for whole, part in zip(states[number], (layer.keys, layer.values)):
+                whole[rows] = part[source, :, position].transpose(1, 2)
     cache = DynamicCache(config=model.config)
-    for number, layer in enumerate(read.layers):
-        # from (texts, heads, width, numbers of a head) to (prompts, heads, width, numbers of a head)
-        cache.update(layer.keys[row, :, position].transpose(1, 2), layer.values[row, :, position].transpose(1, 2), number)
-        layer.reset()
+    for number, (keys, values) in enumerate(states):
+        cache.update(keys, values, number)
+        states[number] = None
     return cache
 
 
@@ -853,8 +866,8 @@ def generate_batch(model, prompts, stop_ids, pad_id, max_new_tokens):
 def count_tokens_that_fit(model):
     """About how many tokens, of prompts, padding and outputs, can be in generation at once.
 
-    A token takes its keys and values, twice while they grow, and its share of the widest layer while prompts are read. Half
-    of the free memory is left alone. More than the numbers given here would gain little, and make what a kill costs, and what
+    A token takes its keys and values, twice while they are put together and while they grow, and its share of the widest layer
+    while prompts are read. Half of the free memory is left alone. More than the numbers given here would gain little, and make what a kill costs, and what
     several processes wait for each other, longer.
     """
     import psutil

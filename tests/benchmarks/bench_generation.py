@@ -21,19 +21,22 @@ import workload
 
 
 def draw_conversations(num_queries, max_new_tokens, vocab_size):
-    """Conversations, each a list of prompts as token ids: one for each model turn, `num_queries` in all.
+    """Conversations, each a list of prompts as token ids: one for each turn of the model, `num_queries` in all.
 
-    A prompt is what comes before the turn, and a last token which says how long the answer is to be.
+    A prompt is what comes before the turn, and a last token which says how long the answer is to be. One to five turns stand
+    anywhere but in the first quarter of a conversation, which holds the tools and the question: so the prompts hold about 2.4 times the
+    tokens of each conversation's longest, as those of real conversations of this data do.
     """
-    conversations, rng = [], random.Random(1)
-    for row in workload.draw_rows(num_queries, vocab_size):
-        starts = [place for place in range(1, len(row["labels"])) if row["labels"][place] != -100 and row["labels"][place - 1] == -100]
+    rng, conversations = random.Random(1), []
+    # In thirds of the number of queries, each spread evenly over the lengths, until there are enough.
+    rows = itertools.chain.from_iterable(workload.draw_rows(num_queries // 3 + 1, vocab_size, seed=seed) for seed in itertools.count())
+    while num_queries:
+        ids = next(rows)["input_ids"]
+        starts = sorted(rng.sample(range(len(ids) // 4, len(ids)), min(rng.randint(1, 5), num_queries)))
         answers = [max(2, min(max_new_tokens, workload.draw_turn(rng) * max_new_tokens // 256)) for _ in starts]
-        prompts = [[*row["input_ids"][:start], workload.FIRST_WORD + answer] for start, answer in zip(starts, answers)]
-        conversations.append(prompts[:num_queries])
-        num_queries -= len(conversations[-1])
-        if not num_queries:
-            return conversations
+        conversations.append([[*ids[:start], workload.FIRST_WORD + answer] for start, answer in zip(starts, answers)])
+        num_queries -= len(starts)
+    return conversations
 
 
 def end_turns_as_drawn(model):
