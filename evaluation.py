@@ -811,7 +811,7 @@ def read_prompts(model, prompts, pad_id):
         longest = len(texts[group[0]])
         input_ids = torch.tensor([texts[index] + [pad_id] * (longest - len(texts[index])) for index in group])
         read = DynamicCache()  # without the model's config it keeps what leaves the sliding window, where shorter prompts end
-        model.model(input_ids=input_ids.to(model.device), past_key_values=read)
+        model.get_decoder()(input_ids=input_ids.to(model.device), past_key_values=read)
         rows = [row for row in range(len(prompts)) if text_of[row] in group]
         source = torch.tensor([[text_of[row] - group[0]] for row in rows], device=model.device)
         padding = torch.tensor([[width + 1 - len(prompts[row])] for row in rows], device=model.device)
