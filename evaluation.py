@@ -817,14 +817,14 @@ def read_prompts(model, prompts, pad_id):
         padding = torch.tensor([[width + 1 - len(prompts[row])] for row in rows], device=model.device)
         position = (torch.arange(width, device=model.device) - padding).clamp(min=0)  # what stands in the padding is masked
         for number, layer in enumerate(read.layers):
-            if group is groups[0]:
+            if number == len(states):  # the first group
                 states.append([part.new_empty(len(prompts), part.shape[1], width, part.shape[3]) for part in (layer.keys, layer.values)])
             for whole, part in zip(states[number], (layer.keys, layer.values)):
                 whole[rows] = part[source, :, position].transpose(1, 2)
     cache = DynamicCache(config=model.config)
     for number, (keys, values) in enumerate(states):
         cache.update(keys, values, number)
-        states[number] = None
+        states[number] = None  # freed as the cache takes it over
     return cache
 
 
@@ -884,8 +884,9 @@ def count_tokens_that_fit(model):
 def plan_batches(conversations, args, tokens_at_once):
     """Share out queries, given as {index: tokens of the prompt} for each conversation, to batches: lists of indices, longest first.
 
-    A batch holds --batch-size queries, or else as many as make at most `tokens_at_once` tokens, each as long as the longest prompt
-    of the batch and an output; at least one. Only a conversation larger than a batch is divided: its turns are read together.
+    A batch holds at most --batch-size queries, or else as many as make at most `tokens_at_once` tokens, each as long as the longest
+    prompt of the batch and an output; at least one. A conversation's turns, which are read together, stay in one batch unless there are
+    more of them than a batch holds.
     """
     batches, room = [], 0
     for lengths in sorted(conversations, key=lambda lengths: -max(lengths.values())):
@@ -900,10 +901,11 @@ def plan_batches(conversations, args, tokens_at_once):
     return batches
 
 
-def answer_queries(queries, model, tokenizer, scorer, args, tokens_at_once, rank=0, num_processes=1):
+def answer_queries(queries, done, model, tokenizer, scorer, args, tokens_at_once, rank=0, num_processes=1):
     """Generate and score an output for each query, longest conversations first; yields the predictions batch by batch.
 
-    Of several processes each takes its share of the batches, which are the same for any number of them.
+    `done` holds the (conversation id, turn) of what is answered already. Of several processes each takes its share of the
+    batches, which are the same for any number of them and however much is done: so rounding, too, stays the same.
     """
     import torch
     from tqdm import tqdm
@@ -947,13 +949,15 @@ def answer_queries(queries, model, tokenizer, scorer, args, tokens_at_once, rank
         half = len(batch) // 2
         return generate(batch[:half]) + generate(batch[half:])
 
-    too_long = [query for index, query in enumerate(queries) if index not in prompts] if rank == 0 else []
+    remaining = {index for index, query in enumerate(queries) if (query["conversation_id"], query["turn"]) not in done}
+    too_long = [queries[index] for index in sorted(remaining - prompts.keys())] if rank == 0 else []
     if too_long:
         yield [predict(query, "", "prompt_too_long") for query in too_long]
     conversations = {}
     for index, prompt in prompts.items():
         conversations.setdefault(queries[index]["conversation_id"], {})[index] = len(prompt)
-    batches = plan_batches(conversations.values(), args, tokens_at_once)[rank::num_processes]
+    planned = plan_batches(conversations.values(), args, tokens_at_once)
+    batches = list(filter(None, ([index for index in batch if index in remaining] for batch in planned)))[rank::num_processes]
     last_told, num_answered = time.monotonic(), len(too_long)
     num_queries = num_answered + sum(map(len, batches))
     share = "" if num_processes == 1 else f" (process 1 of {num_processes})"
@@ -1471,9 +1475,9 @@ def run(args, held):
         done = [(prediction["conversation_id"], prediction["turn"]) for prediction in predictions]
 
     done = set(map(tuple, as_first_process_says("done", done)))
-    remaining = [query for query in queries if (query["conversation_id"], query["turn"]) not in done]
+    num_remaining = len(queries) - len(done)
     start = time.monotonic()
-    if remaining:
+    if num_remaining:
         try:
             model = load_model(model_dir, adapter_dir, device, dtype)
             tokens_that_fit = count_tokens_that_fit(model)
@@ -1482,7 +1486,7 @@ def run(args, held):
                 tokens_at_once = tokens_that_fit
             tokens_at_once = as_first_process_says("tokens_at_once", tokens_at_once)
             with open_partial(partial_path, identity, tokens_at_once, predictions) as partial:
-                for batch in answer_queries(remaining, model, tokenizer, scorer, args, tokens_at_once, rank, num_processes):
+                for batch in answer_queries(queries, done, model, tokenizer, scorer, args, tokens_at_once, rank, num_processes):
                     lines = "".join(json.dumps(prediction, ensure_ascii=False) + "\n" for prediction in batch).encode()
                     if partial.write(lines) < len(lines):
                         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(partial_path))
@@ -1504,7 +1508,7 @@ def run(args, held):
     place = {(query["conversation_id"], query["turn"]): position for position, query in enumerate(queries)}
     predictions.sort(key=lambda prediction: place[prediction["conversation_id"], prediction["turn"]])
     reasons = Counter(prediction["finish_reason"] for prediction in predictions)
-    print(f"Answered    {len(remaining):,} queries in {seconds:,.0f} s; {reasons['end_of_turn']:,} ended their turn, "
+    print(f"Answered    {num_remaining:,} queries in {seconds:,.0f} s; {reasons['end_of_turn']:,} ended their turn, "
           f"{reasons['max_new_tokens']:,} ran into --max-new-tokens, {reasons['prompt_too_long']:,} had a prompt too long")
     write_text(results_dir / "predictions.jsonl", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in predictions))
     facts = {
@@ -1515,7 +1519,7 @@ def run(args, held):
         "processes": num_processes,
         "tokens_at_once": tokens_at_once,
         "seconds": round(seconds, 1),
-        "queries_in_these_seconds": len(remaining),
+        "queries_in_these_seconds": num_remaining,
         "versions": {package: importlib.metadata.version(package) for package in ("torch", "transformers", "peft", "numpy")},
     }
     write_report(args, results_dir, label, name, every_query, predictions, comparison, facts)

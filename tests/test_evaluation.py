@@ -185,7 +185,7 @@ def test_turns_read_together_are_answered_as_each_is_alone(tiny_model):
     assert window < 90
     generator = torch.Generator().manual_seed(2)
     first, second = (torch.randint(110, 700, (200,), generator=generator).tolist() for _ in range(2))
-    prompts = [first[:40], first[:90] + [7], first[:199], first[:120] + second[:30], second[:150], second[:25], second[:3], first[:199]]
+    prompts = [first[:40], first[:90] + [7], first[:199], first[:120] + second[:30], second[:140], second[:25], second[:3], first[:199]]
     alone = [generate_in_plain_way(model, prompt, [106], 40) for prompt in prompts]
     # Stop tokens that the outputs hold at different places, so that rows leave the batch while others go on.
     stop_ids = [alone[0][3], alone[1][20], alone[4][35]]
@@ -329,6 +329,27 @@ def test_a_resumed_evaluation_keeps_its_batches_while_they_can_fit(tiny_model, s
     assert metrics["run"]["tokens_at_once"] == (1500 if stays else 700)
 
 
+@pytest.mark.parametrize("batch_size", ["2", "5"])
+def test_whatever_is_answered_the_rest_stays_in_its_batches(tiny_model, splits, monkeypatch, batch_size):
+    """Also where a conversation is divided, and where one process was ahead of another."""
+    queries = evaluation.read_queries(splits / "function_calling_test.jsonl")
+    model = evaluation.load_model(tiny_model, None, "cpu", torch.float32)
+    tokenizer = evaluation.load_tokenizer(tiny_model)
+    args = evaluation.parse_args(["--baseline", "--batch-size", batch_size])
+    monkeypatch.setattr(evaluation, "generate_batch", lambda model, prompts, *arguments: [([], True)] * len(prompts))
+
+    def batches(done):
+        answered = evaluation.answer_queries(queries, done, model, tokenizer, tokenizer, args, 10_000)
+        return [[(prediction["conversation_id"], prediction["turn"]) for prediction in batch] for batch in answered]
+
+    undisturbed = batches(set())
+    assert len(undisturbed) > 2 and sum(map(len, undisturbed)) == len(queries)
+    for batch in undisturbed:
+        assert batches(set(batch)) == [other for other in undisturbed if other != batch]
+    for number in range(len(undisturbed)):
+        assert batches({query for batch in undisturbed[:number] for query in batch}) == undisturbed[number:]
+
+
 def test_batches_hold_the_tokens_that_fit_longest_conversations_first():
     conversations = [{0: 30, 1: 50}, {2: 10}, {3: 20, 4: 60, 5: 90}, {6: 300}]
     args = evaluation.parse_args(["--max-new-tokens", "10"])
@@ -337,9 +358,10 @@ def test_batches_hold_the_tokens_that_fit_longest_conversations_first():
     assert evaluation.plan_batches(conversations, args, 0) == [[6], [5], [4], [3], [1], [0], [2]]
     # Four of 100 would fit, but then a conversation's two turns would be apart.
     assert evaluation.plan_batches(conversations, args, 400) == [[6], [5, 4, 3], [1, 0, 2]]
-    # A conversation larger than a batch is divided, and what is left of it goes with the next.
+    # A conversation larger than a batch is divided; what is left of it goes with the next where that fits.
     args = evaluation.parse_args(["--batch-size", "2"])
     assert evaluation.plan_batches(conversations, args, 300) == [[6], [5, 4], [3], [1, 0], [2]]
+    assert evaluation.plan_batches([{0: 30, 1: 60, 2: 90}, {3: 10}], args, 300) == [[2, 1], [0, 3]]
     args = evaluation.parse_args(["--batch-size", "4"])
     assert evaluation.plan_batches(conversations, args, 300) == [[6, 5, 4, 3], [1, 0, 2]]
 
