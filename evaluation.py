@@ -100,7 +100,7 @@ def parse_args(argv=None):
     add("--test-file", "test split, as step 1 writes it", type=path, default=DEFAULT_TEST_FILE)
     add("--output-dir", "folder for the results; each model gets its own within", type=path, default=Path("evaluation_results"))
     add("--limit", "use only the first N conversations (the published run: 300)", type=int)
-    add("--batch-size", "queries generated at once (default: as many as memory holds, by the length of their prompts)", type=int)
+    add("--batch-size", "queries generated at once, at most (default: as many as memory holds, by the length of their prompts)", type=int)
     add("--max-new-tokens", "longest output, tokens", type=int, default=256)
     add("--rescore", "compute everything again from predictions.jsonl: no model, no GPU, seconds", action="store_true")
     add("--predictions", "score these predictions, made by something else (README.md names the fields)", type=path, metavar="FILE")
