@@ -48,6 +48,7 @@ TAGS = [
 DTYPES = ["bfloat16", "float32"]  # float16 is not among them: its range is too small for Gemma's activations
 LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 DISK_FULL = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT}
+NUMBERS_AT_ONCE = 2**20  # of a projection's input, on a CPU: 2 MB in bf16, about its cache
 VALIDATIONS_PER_RUN = 4  # each costs one pass over the validation split and leaves a checkpoint
 
 # Gemma's turns; a tool's result stands in a user turn. Control tokens written out in a message get a space before their
@@ -471,28 +472,27 @@ def replace_embedding_and_head(model):
     import torch
     from trl.trainer.utils import FusedCausalLMOutput
 
-    chunk_size = 256  # positions; their fp32 logits over Gemma's vocabulary are 268 MB, and in bf16 half as much again
+    chunk_size = 128  # positions; their fp32 logits over Gemma's vocabulary are 134 MB, and in bf16 half as much again
     token_adapter = model.get_input_embeddings().token_adapter
     embedding = token_adapter.base_layer  # tied: its weight is the head's
     tag_ids = torch.tensor(token_adapter.token_indices["default"])
-    logits_buffer = torch.empty(0)
+    logits_buffer = narrow_buffer = torch.empty(0)  # always the same: fresh memory is slow
 
     class LabelLogProbs(torch.autograd.Function):
         """log p(target), and whether target is the likeliest token, for hidden states of shape [positions, hidden size]."""
 
         @staticmethod
         def forward(ctx, hidden, tag_rows, weight, tags, targets):
-            nonlocal logits_buffer
+            nonlocal logits_buffer, narrow_buffer
             if logits_buffer.device != hidden.device or not len(logits_buffer):
-                logits_buffer = torch.empty(chunk_size, len(weight), device=hidden.device)  # always the same: fresh memory is slow
+                logits_buffer = torch.empty(chunk_size, len(weight), device=hidden.device)
+                narrow_buffer = torch.empty_like(logits_buffer, dtype=weight.dtype) if weight.dtype != torch.float32 else logits_buffer
             tag_changes = tag_rows - weight[tags]
             log_probs, is_top1, slopes, tag_slopes = [], [], [], []
             for states, target in zip(hidden.split(chunk_size), targets.split(chunk_size)):
-                logits = logits_buffer[:len(states)]
-                if weight.dtype == logits.dtype:
-                    torch.mm(states, weight.T, out=logits)
-                else:
-                    logits.copy_(states @ weight.T)
+                logits, narrow = logits_buffer[:len(states)], narrow_buffer[:len(states)]
+                torch.mm(states, weight.T, out=narrow)
+                logits.copy_(narrow)
                 logits[:, tags] = (states @ tag_rows.T).float()
                 target_logit, highest = logits.gather(1, target[:, None]), logits.amax(1, keepdim=True)
                 probs = logits.sub_(highest).exp_()
@@ -503,7 +503,7 @@ def replace_embedding_and_head(model):
                     logit_slopes = probs.div_(normalizer).neg_()
                     # Before any rounding: bf16 cannot tell 1 - p of a likely token from 0.
                     logit_slopes[torch.arange(len(target), device=target.device), target] += 1
-                    logit_slopes = logit_slopes.to(weight.dtype)
+                    logit_slopes = narrow.copy_(logit_slopes)
                     tag_slopes.append(logit_slopes[:, tags])
                     slopes.append(logit_slopes @ weight + tag_slopes[-1] @ tag_changes)
             if ctx.needs_input_grad[0]:
@@ -548,24 +548,31 @@ def replace_projections_and_norms(model):
     """Give LoRA's projections, the MLPs and the norms of a model forward passes that keep less for the backward pass.
 
     PEFT brings the input of each projection to LoRA's fp32, drops some of it there and brings it back; autograd keeps every step of
-    that, and of the norms. Here a projection W x + scaling B A (x * kept) keeps its input, which its neighbours share, and a byte for
-    each number that dropout may drop; the one that leaves an MLP keeps the outputs of the two before it in place of its own input;
-    a norm keeps its input. Beside these, what is as small as LoRA's rank is kept, and all else is computed again. Losses and
-    gradients are the libraries', but for rounding and for which numbers are dropped.
+    that, and of the norms. Here a projection W x + scaling B A (x * kept) keeps its input, which its neighbours share, and the seed of
+    what dropout keeps; the one that leaves an MLP keeps the outputs of the two before it in place of its own input; a norm keeps its
+    input. Beside these, what is as small as LoRA's rank is kept, and all else is computed again. Losses and gradients are the
+    libraries', but for rounding and for which numbers are dropped.
     """
     import torch
     from peft.tuners.lora import Linear as LoraLinear
     from transformers.models.gemma3.modeling_gemma3 import Gemma3MLP, Gemma3RMSNorm
 
-    def draw_kept(states, dropout):
-        """1 where dropout keeps a number of `states`, else 0, as int8, which multiplies faster than bool; None if it keeps all."""
-        if not dropout:
-            return None
+    def in_parts(states):
+        """Slices of the rows of `states`. A CPU works through few at a time: what it needs for a moment only stays in its cache, and
+        tears no holes of the size of activations into the heap. A GPU takes all at once."""
+        size = max(1, NUMBERS_AT_ONCE // states.shape[1]) if states.device.type == "cpu" else len(states)
+        return [slice(start, start + size) for start in range(0, len(states), size)]
+
+    def seeded(device, seed):
+        return torch.Generator(device).manual_seed(seed)
+
+    def draw_kept(states, dropout, generator):
+        """1 where dropout keeps a number of `states`, else 0, as int8, which multiplies faster than bool."""
         if states.device.type != "cpu":
-            return (torch.rand(states.shape, device=states.device) >= dropout).to(torch.int8)
+            return (torch.rand(states.shape, device=states.device, generator=generator) >= dropout).to(torch.int8)
         # A CPU draws one number after the other, which took a seventh of a step: one of 64 bits is drawn for four. Gemma's widths
         # are multiples of four.
-        drawn = torch.empty(states.numel() // 4, dtype=torch.int64).random_(-2**63, None).view(torch.int16)
+        drawn = torch.empty(states.numel() // 4, dtype=torch.int64).random_(-2**63, None, generator=generator).view(torch.int16)
         kept = torch.empty(states.shape, dtype=torch.int8)
         return torch.ge(drawn.view(states.shape), round(dropout * 2**16) - 2**15, out=kept)
 
@@ -573,32 +580,44 @@ def replace_projections_and_norms(model):
         """W x + scaling B A (x * kept) for x of shape [tokens, inputs]; x is `up`, or act_fn(gate) * up where a gate is given."""
 
         @staticmethod
-        def forward(ctx, up, gate, act_fn, weight, lora_a, lora_b, scaling, kept):
-            states = up if gate is None else act_fn(gate) * up
-            low_rank = (states if kept is None else states * kept) @ lora_a.T
-            ctx.save_for_backward(up, gate, weight, lora_a, lora_b, kept, low_rank)
-            ctx.act_fn, ctx.scaling = act_fn, scaling
-            return (states @ weight.T).addmm_(low_rank, lora_b.T, alpha=scaling)
+        def forward(ctx, up, gate, act_fn, weight, lora_a, lora_b, scaling, dropout, seed):
+            generator = seeded(up.device, seed)
+            low_rank, projected = up.new_empty(len(up), len(lora_a)), up.new_empty(len(up), len(weight))
+            for part in in_parts(up):
+                states = up[part] if gate is None else act_fn(gate[part]) * up[part]
+                kept_states = states * draw_kept(states, dropout, generator) if dropout else states
+                torch.mm(kept_states, lora_a.T, out=low_rank[part])
+                torch.mm(states, weight.T, out=projected[part]).addmm_(low_rank[part], lora_b.T, alpha=scaling)
+            ctx.save_for_backward(up, gate, weight, lora_a, lora_b, low_rank)
+            ctx.act_fn, ctx.scaling, ctx.dropout, ctx.seed = act_fn, scaling, dropout, seed
+            return projected
 
         @staticmethod
         def backward(ctx, gradient):
-            up, gate, weight, lora_a, lora_b, kept, low_rank = ctx.saved_tensors
-            states = up
-            if gate is not None:
-                with torch.enable_grad():
-                    gate = gate.detach().requires_grad_()
-                    activated = ctx.act_fn(gate)
-                states = activated.detach() * up
+            up, gate, weight, lora_a, lora_b, low_rank = ctx.saved_tensors
+            generator = seeded(up.device, ctx.seed)
+            slope, gate_slope = torch.empty_like(up), None if gate is None else torch.empty_like(gate)
             low_rank_slope = gradient @ lora_b * ctx.scaling
-            lora_a_slope = low_rank_slope.T @ (states if kept is None else states * kept)
             lora_b_slope = gradient.T @ low_rank * ctx.scaling
-            through_lora = low_rank_slope @ lora_a
-            slope = (gradient @ weight).add_(through_lora if kept is None else through_lora.mul_(kept))
-            gate_slope = None
-            if gate is not None:
-                gate_slope, = torch.autograd.grad(activated, gate, slope * up)
-                slope *= activated.detach()
-            return slope, gate_slope, None, None, lora_a_slope, lora_b_slope, None, None
+            lora_a_slope = torch.zeros(lora_a.shape, device=up.device)  # fp32, whatever the parts are in
+            for part in in_parts(up):
+                states = up[part]
+                if gate is not None:
+                    with torch.enable_grad():
+                        gate_part = gate[part].detach().requires_grad_()
+                        activated = ctx.act_fn(gate_part)
+                    states = activated.detach() * up[part]
+                through_lora = low_rank_slope[part] @ lora_a
+                if ctx.dropout:
+                    kept = draw_kept(states, ctx.dropout, generator)
+                    states = states * kept
+                    through_lora *= kept
+                lora_a_slope += low_rank_slope[part].T @ states
+                part_slope = torch.mm(gradient[part], weight, out=slope[part]).add_(through_lora)
+                if gate is not None:
+                    gate_slope[part], = torch.autograd.grad(activated, gate_part, part_slope * up[part])
+                    part_slope *= activated.detach()
+            return slope, gate_slope, None, None, lora_a_slope.to(lora_a.dtype), lora_b_slope, None, None, None
 
     class Norm(torch.autograd.Function):
         """Gemma's RMS norm: x / sqrt(mean(x^2) + eps) * scale in fp32, for x of any shape and scale of its last dimension."""
@@ -624,9 +643,11 @@ def replace_projections_and_norms(model):
         up = states.to(weight.dtype).reshape(-1, num_inputs)
         if gate is not None:
             gate = gate.reshape(-1, num_inputs)
+        # Drawn anew by each process, and the same when activations are recomputed.
+        seed = torch.randint(2**32, ()).item() + int(os.environ.get("RANK", 0)) if dropout else 0
         with torch.autocast(states.device.type, enabled=False):  # all has the dtype of the weight already
             projected = Projection.apply(
-                up, gate, act_fn, weight, lora_a, lora_b, module.scaling["default"] / (1 - dropout), draw_kept(up, dropout)
+                up, gate, act_fn, weight, lora_a, lora_b, module.scaling["default"] / (1 - dropout), dropout, seed
             )
         return projected.view(*states.shape[:-1], num_outputs)
 
@@ -659,11 +680,12 @@ def lora_config(args, tag_ids):
 def activation_bytes_per_token(model):
     """About what a token's activations take in training, in bytes.
 
-    Fitted to runs on a CPU, in bf16 and fp32, at the shapes of 270M and 1B; a model in 4 bits takes more.
+    Fitted to runs on a CPU over conversations of mixed lengths, in bf16 and fp32, at the shapes of 270M and 1B, with what the heap
+    loses to gaps; a model in 4 bits takes more.
     """
     config = model.config
-    numbers = 2 * config.intermediate_size + 2 * config.hidden_size + 10 * config.num_attention_heads * config.head_dim
-    return config.num_hidden_layers * (model.dtype.itemsize + 2) * numbers
+    numbers = 2 * config.intermediate_size + 2 * config.hidden_size + 12 * config.num_attention_heads * config.head_dim
+    return config.num_hidden_layers * (model.dtype.itemsize + 1) * numbers
 
 
 def memory_use(trainer):

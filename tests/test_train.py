@@ -245,8 +245,16 @@ def test_in_bf16_a_likely_token_still_has_a_slope(tiny_model, splits, tagged, tm
         assert error[reference.norm(dim=1) > 1e-4].max() < 0.05
 
 
+@pytest.fixture(params=[None, 5000], ids=["rows-at-once", "rows-in-parts"])
+def numbers_at_once(request, monkeypatch):
+    """How many numbers a projection takes at once: all that these tests have, or a few dozen rows."""
+    if request.param:
+        monkeypatch.setattr(train, "NUMBERS_AT_ONCE", request.param)
+
+
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.bfloat16, 0.05)])
-def test_projections_mlps_and_norms_are_those_of_the_libraries(tiny_model, splits, tagged, tmp_path, monkeypatch, dtype, tolerance):
+def test_projections_mlps_and_norms_are_those_of_the_libraries(
+        tiny_model, splits, tagged, tmp_path, monkeypatch, dtype, tolerance, numbers_at_once):
     """Logits, loss and gradients of the layers that keep less, against those of Transformers and PEFT as they are."""
     results = []
     for as_it_is in (False, True):
@@ -272,7 +280,8 @@ def test_projections_mlps_and_norms_are_those_of_the_libraries(tiny_model, split
         assert reference.norm() > 0 and error < tolerance, name
 
 
-def test_dropout_drops_its_share_before_lora_in_training_only_and_the_slope_sees_the_same_drops(tiny_model, splits, tagged, tmp_path):
+def test_dropout_drops_its_share_before_lora_in_training_only_and_the_slope_sees_the_same_drops(
+        tiny_model, splits, tagged, tmp_path, monkeypatch, numbers_at_once):
     trainer = build(tiny_model, splits, tagged, tmp_path, "--lora-dropout", "0.2", "--lora-rank", "32", "--lora-alpha", "32")
     module = trainer.model.get_base_model().model.layers[0].mlp.gate_proj
     (width, depth), num_tokens = module.base_layer.weight.shape, 2001
@@ -289,11 +298,16 @@ def test_dropout_drops_its_share_before_lora_in_training_only_and_the_slope_sees
     assert not torch.equal(first, second)
     first.sum().backward()
     assert torch.equal(states.grad, first.detach()[..., :depth] / 3)
+    torch.manual_seed(0)
+    assert torch.equal(module(states), first)
+    monkeypatch.setenv("RANK", "1")
+    torch.manual_seed(0)
+    assert not torch.equal(module(states), first)  # a process beside the first drops others
     assert torch.equal(module.eval()(states)[..., :32], states)
 
 
 @pytest.mark.parametrize("dropout", ["0", "0.3"])
-def test_gradients_predict_how_the_loss_changes(tiny_model, splits, tagged, tmp_path, dropout):
+def test_gradients_predict_how_the_loss_changes(tiny_model, splits, tagged, tmp_path, dropout, numbers_at_once):
     """The slope of the loss along a random direction, against two losses to both sides of it, with the same numbers dropped."""
     trainer = build(tiny_model, splits, tagged, tmp_path, "--lora-dropout", dropout)
     batch = trainer.data_collator([trainer.train_dataset[index] for index in range(2)])
@@ -319,7 +333,7 @@ def test_gradients_predict_how_the_loss_changes(tiny_model, splits, tagged, tmp_
 
 
 def test_recomputed_activations_give_the_gradients_of_kept_ones_and_kept_ones_take_less_than_the_libraries(
-        tiny_model, splits, tagged, tmp_path, monkeypatch):
+        tiny_model, splits, tagged, tmp_path, monkeypatch, numbers_at_once):
     gradients, num_bytes = {}, {}
     for which in ("kept", "recomputed", "libraries"):
         if which == "libraries":
