@@ -724,6 +724,13 @@ def choose_device():
     return "cpu", torch.float32
 
 
+def is_out_of_memory(error):
+    """Whether an error of PyTorch says that memory ran out; on a CPU and on Apple's GPUs it is a plain RuntimeError."""
+    import torch
+
+    return isinstance(error, torch.OutOfMemoryError) or re.search("out of memory|DefaultCPUAllocator", str(error)) is not None
+
+
 def load_model(model_dir, adapter_dir, device, dtype):
     """Load the base model from `model_dir`, with the adapter (if any) merged into its weights.
 
@@ -742,9 +749,9 @@ def load_model(model_dir, adapter_dir, device, dtype):
         if adapter_dir:
             reading = adapter_dir
             model = PeftModel.from_pretrained(model, adapter_dir).merge_and_unload()
-    except torch.OutOfMemoryError:
-        raise
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        if is_out_of_memory(error):
+            raise
         sys.exit(f"error: {reading}: the {'adapter' if reading == adapter_dir else 'model'} cannot be loaded: {first_line(error)}")
     return model.to(device, dtype).eval()
 
@@ -907,7 +914,7 @@ def answer_queries(queries, done, model, tokenizer, scorer, args, tokens_at_once
     `done` holds the (conversation id, turn) of what is answered already. Of several processes each takes its share of the
     batches, which are the same for any number of them and however much is done: so rounding, too, stays the same.
     """
-    import torch
+    from accelerate.utils.memory import clear_device_cache
     from tqdm import tqdm
 
     stop_ids = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<end_of_turn>")]
@@ -941,11 +948,11 @@ def answer_queries(queries, done, model, tokenizer, scorer, args, tokens_at_once
                 return generate_batch(
                     model, [prompts[index] for index in batch], stop_ids, tokenizer.pad_token_id, args.max_new_tokens
                 )
-            except torch.OutOfMemoryError:
-                if len(batch) == 1:
+            except RuntimeError as error:
+                if len(batch) == 1 or not is_out_of_memory(error):
                     raise
                 too_many = num_tokens
-            torch.cuda.empty_cache()
+            clear_device_cache()
         half = len(batch) // 2
         return generate(batch[:half]) + generate(batch[half:])
 
@@ -1492,8 +1499,10 @@ def run(args, held):
                         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(partial_path))
                     os.fsync(partial.fileno())
                     predictions += batch
-        except torch.OutOfMemoryError:
-            sys.exit("error: out of GPU memory with a single query: make room on the GPU, then go on with --resume")
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            sys.exit("error: out of memory, with the model alone or a single query: make room for it, then go on with --resume")
         if rank:
             store.set(f"process {rank}", "has answered its share")
         elif num_processes > 1:

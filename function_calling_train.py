@@ -266,17 +266,23 @@ def load_tokenizer(folder):
         sys.exit(f"error: {folder}: the tokenizer cannot be loaded: {first_line(error)}")
 
 
+def is_out_of_memory(error):
+    """Whether an error of PyTorch says that memory ran out; on a CPU and on Apple's GPUs it is a plain RuntimeError."""
+    import torch
+
+    return isinstance(error, torch.OutOfMemoryError) or re.search("out of memory|DefaultCPUAllocator", str(error)) is not None
+
+
 def load_base_model(folder, **options):
     """Load a model from safetensors, with sdpa attention; files that cannot be read end the program with one line."""
-    import torch
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     try:
         return AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa", use_safetensors=True, **options)
-    except torch.OutOfMemoryError:
-        raise
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        if is_out_of_memory(error):
+            raise
         sys.exit(f"error: {folder}: the model cannot be loaded: {first_line(error)}")
 
 
@@ -476,7 +482,7 @@ def replace_embedding_and_head(model):
     token_adapter = model.get_input_embeddings().token_adapter
     embedding = token_adapter.base_layer  # tied: its weight is the head's
     tag_ids = torch.tensor(token_adapter.token_indices["default"])
-    logits_buffer = narrow_buffer = torch.empty(0)  # always the same: fresh memory is slow
+    logits_buffer = narrow_buffer = torch.empty(0)
 
     class LabelLogProbs(torch.autograd.Function):
         """log p(target), and whether target is the likeliest token, for hidden states of shape [positions, hidden size]."""
@@ -484,15 +490,15 @@ def replace_embedding_and_head(model):
         @staticmethod
         def forward(ctx, hidden, tag_rows, weight, tags, targets):
             nonlocal logits_buffer, narrow_buffer
-            if logits_buffer.device != hidden.device or not len(logits_buffer):
+            if narrow_buffer.device != hidden.device or not len(narrow_buffer):  # made once: fresh memory is slow
                 logits_buffer = torch.empty(chunk_size, len(weight), device=hidden.device)
-                narrow_buffer = torch.empty_like(logits_buffer, dtype=weight.dtype) if weight.dtype != torch.float32 else logits_buffer
+                narrow_buffer = logits_buffer if weight.dtype == torch.float32 else torch.empty_like(logits_buffer, dtype=weight.dtype)
             tag_changes = tag_rows - weight[tags]
             log_probs, is_top1, slopes, tag_slopes = [], [], [], []
             for states, target in zip(hidden.split(chunk_size), targets.split(chunk_size)):
                 logits, narrow = logits_buffer[:len(states)], narrow_buffer[:len(states)]
                 torch.mm(states, weight.T, out=narrow)
-                logits.copy_(narrow)
+                logits.copy_(narrow)  # in fp32 both are one
                 logits[:, tags] = (states @ tag_rows.T).float()
                 target_logit, highest = logits.gather(1, target[:, None]), logits.amax(1, keepdim=True)
                 probs = logits.sub_(highest).exp_()
@@ -560,11 +566,8 @@ def replace_projections_and_norms(model):
     def in_parts(states):
         """Slices of the rows of `states`. A CPU works through few at a time: what it needs for a moment only stays in its cache, and
         tears no holes of the size of activations into the heap. A GPU takes all at once."""
-        size = max(1, NUMBERS_AT_ONCE // states.shape[1]) if states.device.type == "cpu" else len(states)
+        size = max(1, NUMBERS_AT_ONCE // states.shape[1] if states.device.type == "cpu" else len(states))
         return [slice(start, start + size) for start in range(0, len(states), size)]
-
-    def seeded(device, seed):
-        return torch.Generator(device).manual_seed(seed)
 
     def draw_kept(states, dropout, generator):
         """1 where dropout keeps a number of `states`, else 0, as int8, which multiplies faster than bool."""
@@ -577,11 +580,14 @@ def replace_projections_and_norms(model):
         return torch.ge(drawn.view(states.shape), round(dropout * 2**16) - 2**15, out=kept)
 
     class Projection(torch.autograd.Function):
-        """W x + scaling B A (x * kept) for x of shape [tokens, inputs]; x is `up`, or act_fn(gate) * up where a gate is given."""
+        """W x + scaling B A (x * kept) for x of shape [tokens, inputs]; x is `up`, or act_fn(gate) * up where a gate is given.
+
+        What is kept is drawn from `seed`, forward and backward alike.
+        """
 
         @staticmethod
         def forward(ctx, up, gate, act_fn, weight, lora_a, lora_b, scaling, dropout, seed):
-            generator = seeded(up.device, seed)
+            generator = torch.Generator(up.device).manual_seed(seed)
             low_rank, projected = up.new_empty(len(up), len(lora_a)), up.new_empty(len(up), len(weight))
             for part in in_parts(up):
                 states = up[part] if gate is None else act_fn(gate[part]) * up[part]
@@ -595,7 +601,7 @@ def replace_projections_and_norms(model):
         @staticmethod
         def backward(ctx, gradient):
             up, gate, weight, lora_a, lora_b, low_rank = ctx.saved_tensors
-            generator = seeded(up.device, ctx.seed)
+            generator = torch.Generator(up.device).manual_seed(ctx.seed)
             slope, gate_slope = torch.empty_like(up), None if gate is None else torch.empty_like(gate)
             low_rank_slope = gradient @ lora_b * ctx.scaling
             lora_b_slope = gradient.T @ low_rank * ctx.scaling
@@ -643,7 +649,7 @@ def replace_projections_and_norms(model):
         up = states.to(weight.dtype).reshape(-1, num_inputs)
         if gate is not None:
             gate = gate.reshape(-1, num_inputs)
-        # Drawn anew by each process, and the same when activations are recomputed.
+        # Processes draw alike, so each adds its rank; recomputing activations draws the same again.
         seed = torch.randint(2**32, ()).item() + int(os.environ.get("RANK", 0)) if dropout else 0
         with torch.autocast(states.device.type, enabled=False):  # all has the dtype of the weight already
             projected = Projection.apply(
@@ -680,8 +686,8 @@ def lora_config(args, tag_ids):
 def activation_bytes_per_token(model):
     """About what a token's activations take in training, in bytes.
 
-    Fitted to runs on a CPU over conversations of mixed lengths, in bf16 and fp32, at the shapes of 270M and 1B, with what the heap
-    loses to gaps; a model in 4 bits takes more.
+    Fitted to runs on a CPU over conversations of mixed lengths, in bf16 and fp32, at the shapes of 270M and 1B, with what its
+    heap loses to gaps; not measured on a GPU. A model in 4 bits takes more.
     """
     config = model.config
     numbers = 2 * config.intermediate_size + 2 * config.hidden_size + 12 * config.num_attention_heads * config.head_dim
@@ -719,6 +725,7 @@ def build_trainer(model, tokenizer, tag_ids, training, validation, args, device,
     """Put LoRA and the trainable tag rows on the model and build the SFTTrainer of the recipe."""
     import psutil
     import torch
+    from accelerate.utils.memory import clear_device_cache
     from tqdm import tqdm
     from transformers import TrainerCallback
     from transformers.trainer_callback import PrinterCallback, ProgressCallback
@@ -789,14 +796,13 @@ def build_trainer(model, tokenizer, tag_ids, training, validation, args, device,
                         num_tried = len(rows)
                         total += compute({name: values[rows, :lengths[rows[0]]] for name, values in inputs.items()})
                     return total
-                except torch.OutOfMemoryError:
-                    if not (may_try_again and self.needs_less_memory(num_tried)):
+                except RuntimeError as error:
+                    if not (is_out_of_memory(error) and may_try_again and self.needs_less_memory(num_tried)):
                         raise
                     tqdm.write(f"note: out of memory; going on with {describe_memory_use(self)}")
                 for parameter, gradient in zip(trained, before):  # what a part left behind is not counted twice
                     parameter.grad = None if gradient is None else gradient.clone()
-                if device == "cuda":
-                    torch.cuda.empty_cache()
+                clear_device_cache()
 
         def needs_less_memory(self, num_tried):
             """Take the next measure after `num_tried` conversations were too much at once; returns whether there was one."""
@@ -1201,7 +1207,13 @@ def default_output_dir(model):
 def finish(args, output_dir, merged_dir, model_dir):
     """Merge and upload a finished adapter where that was asked for, and say what to run next."""
     if args.merge:
-        merge_adapter(model_dir, output_dir, merged_dir)
+        try:
+            merge_adapter(model_dir, output_dir, merged_dir)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            sys.exit(f"error: {output_dir} is complete, but there is not enough memory to merge it: make room, then run the same command "
+                     "with --resume (in place of --overwrite)")
         print(f"Merged      {merged_dir}/")
     if args.push_to_hub:
         from huggingface_hub import HfApi
@@ -1343,14 +1355,16 @@ def run(args, held):
             checkpoint = checkpoint[0] if checkpoint else None
         with contextlib.closing(trainer.progress):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         if num_processes > 1 and trainer and trainer.needs_less_memory(trainer.conversations_at_once):
             with contextlib.suppress(FileNotFoundError):  # another process was quicker to write the same
                 write_json(checkpoint_dir / "memory.json", memory_use(trainer))
-            sys.exit(f"error: out of GPU memory: the same command with --resume (in place of --overwrite) goes on with "
+            sys.exit(f"error: out of memory: the same command with --resume (in place of --overwrite) goes on with "
                      f"{describe_memory_use(trainer)}")
-        sys.exit("error: out of GPU memory: go on with --resume, --activation-checkpointing and a smaller --batch-size, or start anew "
-                 "with --overwrite and a smaller --max-length or --load-in-4bit")
+        sys.exit("error: out of memory: go on with --resume, --activation-checkpointing and a smaller --batch-size, or start anew "
+                 f"with --overwrite and a smaller --max-length{' or --load-in-4bit' if device == 'cuda' else ''}")
     weights = gather_adapter(trainer.model, dtype)
     if not is_main:
         return

@@ -360,7 +360,16 @@ def test_recomputed_activations_give_the_gradients_of_kept_ones_and_kept_ones_ta
         loss.backward()
         gradients[which] = [value.grad for value in model.parameters() if value.requires_grad]
     assert all(torch.equal(kept, recomputed) for kept, recomputed in zip(gradients["kept"], gradients["recomputed"]))
-    assert num_bytes["recomputed"] < num_bytes["kept"] < 0.75 * num_bytes["libraries"]
+    assert num_bytes["recomputed"] < num_bytes["kept"] < 0.61 * num_bytes["libraries"]  # 0.59; with dropout's masks 0.64
+
+
+def test_out_of_memory_in_merging_the_finished_adapter_is_said_to_be_complete(tmp_path, monkeypatch):
+    def run_out(*arguments):
+        torch.empty(2**50)
+
+    monkeypatch.setattr(train, "merge_adapter", run_out)
+    with pytest.raises(SystemExit, match="adapter is complete, but there is not enough memory.*--resume"):
+        train.finish(train.parse_args(["--merge"]), tmp_path / "adapter", tmp_path / "merged", tmp_path)
 
 
 def test_rows_of_like_length_share_a_part_as_far_as_its_tokens_go():
@@ -409,7 +418,6 @@ def test_several_gpus_cut_their_batches_alike_whatever_the_lengths_in_each(tiny_
 def test_what_was_too_much_at_once_is_not_tried_again(tiny_model, splits, tagged, tmp_path, monkeypatch):
     """Parts of two conversations of a step of eight run out: the next are of one, and then recomputed, with nothing between."""
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (10**12, 10**12))
-    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     longest = max(map(len, build(tiny_model, splits, tagged, tmp_path).train_dataset["input_ids"]))
     trainer = build(tiny_model, splits, tagged, tmp_path, "--conversations-per-step", "8", "--max-length", str(2 * longest), device="cuda")
     tried = []
@@ -421,6 +429,15 @@ def test_what_was_too_much_at_once_is_not_tried_again(tiny_model, splits, tagged
     with pytest.raises(torch.OutOfMemoryError):
         trainer.sum_over_parts(trainer.data_collator([trainer.train_dataset[index] for index in range(8)]), run_out)
     assert tried == [(2, False), (1, False), (1, True)]
+    tried.clear()
+
+    def fail(part):
+        tried.append(part)
+        raise RuntimeError("shapes do not match")
+
+    with pytest.raises(RuntimeError, match="shapes"):  # other errors are not taken for it
+        trainer.sum_over_parts(trainer.data_collator([trainer.train_dataset[0]]), fail)
+    assert len(tried) == 1
 
 
 def test_labels_of_a_batch_are_those_of_its_rows(tiny_model, splits, tagged, tmp_path):
@@ -627,7 +644,7 @@ def test_a_run_may_go_on_with_another_batch_size(tiny_model, splits, tmp_path, m
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "build_trainer", stop_after_a_while)
-        with pytest.raises(SystemExit, match="out of GPU memory.*--resume.*--batch-size"):
+        with pytest.raises(SystemExit, match="out of memory.*--resume.*--batch-size"):
             train.main([*arguments, "--output-dir", "parts", "--batch-size", "4"])
     train.main([*arguments, "--output-dir", "parts", "--batch-size", "2", "--resume"])
     whole, parts = (json.loads((tmp_path / name / "training_run.json").read_text()) for name in ("whole", "parts"))
@@ -656,7 +673,7 @@ def test_out_of_memory_a_batch_is_halved_and_then_its_activations_recomputed(tin
             num_backward += 1
             backward(loss, **options)
             if trainer.conversations_at_once > 2 or (num_backward > 5 and not trainer.recomputes_activations):
-                raise torch.OutOfMemoryError
+                raise torch.OutOfMemoryError if batch_size == "4" else RuntimeError("MPS backend out of memory (MPS allocated: 8.9 GiB)")
 
         trainer.accelerator.backward = backward_that_runs_out
         return trainer
