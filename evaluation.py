@@ -1235,7 +1235,7 @@ def format_table(label, report, base_report, published):
         rows.append(row)
     lines = format_columns(rows)
     if "no_tools" in report and report["no_tools"]["queries"]:
-        lines.append(f"The other {report['no_tools']['queries']:,} queries are of conversations without tools.")
+        lines.append(f"{report['no_tools']['queries']:,} of the queries are of conversations without tools.")
     if published:
         lines.append("Published: base -> tuned, as in its README / its notebook; about 1,100 queries of the first 300 test conversations.")
     for title, part in (("failures", "failures"), ("calls against their tools", "problems")):

@@ -301,3 +301,11 @@ def test_fifty_times_the_rows_cost_at_most_half_as_much_memory_again(tmp_path, l
         del rows
         peaks.append(peak_memory("--dataset", path, "--output-dir", tmp_path / "out"))
     assert peaks[1] <= 1.5 * peaks[0]
+
+
+def test_a_file_where_the_folder_should_be_is_named_and_stays(tmp_path):
+    write_rows(tmp_path / "rows.jsonl", [make_row(number) for number in range(12)])
+    (tmp_path / "out").write_text("mine")
+    process = run_script(SCRIPT, "--dataset", "rows.jsonl", "--output-dir", "out", cwd=tmp_path)
+    assert_fails_in_one_line(process, "--output-dir out", "File exists")
+    assert (tmp_path / "out").read_text() == "mine"
