@@ -964,7 +964,8 @@ def answer_queries(queries, done, model, tokenizer, scorer, args, tokens_at_once
     for index, prompt in prompts.items():
         conversations.setdefault(queries[index]["conversation_id"], {})[index] = len(prompt)
     planned = plan_batches(conversations.values(), args, tokens_at_once)
-    batches = list(filter(None, ([index for index in batch if index in remaining] for batch in planned)))[rank::num_processes]
+    still_to_answer = [[index for index in batch if index in remaining] for batch in planned]
+    batches = [batch for batch in still_to_answer if batch][rank::num_processes]
     last_told, num_answered = time.monotonic(), len(too_long)
     num_queries = num_answered + sum(map(len, batches))
     share = "" if num_processes == 1 else f" (process 1 of {num_processes})"

@@ -520,12 +520,12 @@ def main(argv=None):
         rows, resolved_revision = load_hub_rows(args.dataset, args.config, args.revision)
     is_new = not args.output_dir.exists()
     try:
-        try:
-            args.output_dir.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            if error.errno in DISK_FULL:
-                raise
-            sys.exit(f"error: --output-dir {args.output_dir}: no folder can be made there ({error.strerror}); give another")
+        args.output_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        if error.errno in DISK_FULL:
+            raise
+        sys.exit(f"error: --output-dir {args.output_dir}: no folder can be made there ({error.strerror}); give another")
+    try:
         info = write_splits(rows, resolved_revision, args)
     finally:
         if is_new:
