@@ -15,21 +15,17 @@ the prompt is worded; the training script reads the wording from there.
 
 import argparse
 import ast
-import contextlib
+import functools
 import gzip
 import hashlib
-import importlib.metadata
 import json
-import os
 import re
 import shlex
 import sys
-import warnings
-from collections import defaultdict
+import tempfile
 from pathlib import Path
 
-DEFAULT_DATASET = "NousResearch/hermes-function-calling-v1"
-DEFAULT_CONFIG = "glaive_func_calling"
+DEFAULT_DATASET, DEFAULT_CONFIG = "NousResearch/hermes-function-calling-v1", "glaive_func_calling"
 SPLIT_FILES = {"train": "function_calling_train.jsonl", "test": "function_calling_test.jsonl"}
 
 # The published dataset shows a row's tools between these two texts.
@@ -53,108 +49,85 @@ THINK_INSTRUCTION = (
     "Make that thinking process between <think>{your thoughts}</think>\n\n"
 )
 
-NO_INSTRUCTION = "\n\n"
-
-# The names that data sets give to the three roles of a split and to the system text.
-ROLE_NAMES = {
-    "system": ["system", "developer"],
-    "user": ["human", "user"],
-    "assistant": ["gpt", "model", "assistant", "function_call"],
-    "tool": ["tool", "observation", "function_response"],
+# What data sets call the system text and the three roles of a split, and which role follows which.
+ROLES = {
+    **dict.fromkeys(["system", "developer"], "system"),
+    **dict.fromkeys(["human", "user"], "user"),
+    **dict.fromkeys(["gpt", "model", "assistant", "function_call"], "assistant"),
+    **dict.fromkeys(["tool", "observation", "function_response"], "tool"),
 }
-ROLES = {name: role for role, names in ROLE_NAMES.items() for name in names}
-MAY_FOLLOW = {None: ["user"], "user": ["assistant"], "tool": ["assistant"]}
-MAY_FOLLOW["assistant"] = ["user", "tool"]
+NEXT = {None: ["user"], "user": ["assistant"], "assistant": ["user", "tool"], "tool": ["assistant"]}
+
+to_json = functools.partial(json.dumps, ensure_ascii=False, allow_nan=False)
 
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-
-    def add(flag, help, **options):
-        shown = "" if options.get("default") is None else " (default: %(default)s)"
-        parser.add_argument(flag, help=help + shown, **options)
-
-    add(
-        "--dataset",
-        "hub id, or a .json, .jsonl (also .gz) or .parquet file",
-        default=DEFAULT_DATASET,
-    )
-    add("--config", f"configuration of the hub dataset (default: {DEFAULT_CONFIG} for the default)")
-    add("--split", "split of the hub dataset that is read", default="train")
-    add("--revision", "branch, tag or commit of the hub dataset (default: its main branch)")
-    add("--output-dir", "folder for the splits", type=Path, default=Path("processed_data"))
-    add("--test-size", "share of rows for the test split, in (0, 1)", type=float, default=0.2)
-    add("--seed", "seed of the split", type=int, default=42)
-    think = {"action": argparse.BooleanOptionalAction, "default": True}
-    add("--think-instruction", "ask for a thought before each call, as published", **think)
+    add = parser.add_argument
+    add("--dataset", default=DEFAULT_DATASET, help="hub id, folder, .json, .jsonl[.gz] or .parquet")
+    add("--config", help=f"configuration of a hub dataset (of the default: {DEFAULT_CONFIG})")
+    add("--split", default="train", help="split of a hub dataset to read (default: train)")
+    add("--revision", help="branch, tag or commit of a hub dataset")
+    add("--output-dir", type=Path, default=Path("processed_data"), help="default: processed_data")
+    add("--test-size", type=float, default=0.2, help="share of rows to test on (default: 0.2)")
+    add("--seed", type=int, default=42, help="seed of the split (default: 42)")
+    yes_or_no = {"action": argparse.BooleanOptionalAction, "default": True}
+    add("--think-instruction", **yes_or_no, help="ask for a thought before a call, as published")
     args = parser.parse_args(argv)
-    if not 0 < args.test_size < 1:
-        parser.error(f"--test-size must lie between 0 and 1, not {args.test_size}")
-    if not 0 <= args.seed < 2**32:
-        parser.error(f"--seed must lie in [0, 2**32), not {args.seed}")
     if args.config is None and args.dataset == DEFAULT_DATASET:
         args.config = DEFAULT_CONFIG
     return args
 
 
 def load_rows(args):
-    """Return (rows, the commit of the hub, or the sha256 of the file, that they came from).
-
-    Raises OSError, ValueError or RuntimeError for what cannot be read.
-    """
-    path = Path(args.dataset).expanduser()
-    is_file = path.is_file() or path.suffix in (".json", ".jsonl", ".gz", ".parquet")
-    if is_file and path.suffix != ".parquet":
-        return read_json_rows(path), "sha256:" + hashlib.sha256(path.read_bytes()).hexdigest()
+    """Return the rows, and the sha256 of their file or the commit of their hub dataset."""
     import datasets
+    import huggingface_hub
 
-    if not sys.stderr.isatty():
-        datasets.disable_progress_bars()
-    if is_file:
-        source = "sha256:" + hashlib.sha256(path.read_bytes()).hexdigest()
-        return datasets.Dataset.from_parquet(str(path)), source
-    builder = datasets.load_dataset_builder(args.dataset, args.config, revision=args.revision)
-    builder.download_and_prepare()
-    return builder.as_dataset(split=args.split), builder.hash
+    datasets.disable_progress_bars()
+    for library in (datasets, huggingface_hub):  # what goes wrong is told once, by the error
+        library.logging.set_verbosity(library.logging.CRITICAL)
+    path = Path(args.dataset)
+    if not path.is_file() and path.suffix not in (".json", ".jsonl", ".gz", ".parquet"):
+        hub = datasets.load_dataset_builder(args.dataset, args.config, revision=args.revision)
+        hub.download_and_prepare()
+        return list(hub.as_dataset(split=args.split)), hub.hash
+    data = path.read_bytes()
+    revision = f"sha256:{hashlib.sha256(data).hexdigest()}"
+    if path.suffix == ".parquet":
+        return list(datasets.Dataset.from_parquet(str(path))), revision
+    return read_json(gzip.decompress(data) if path.suffix == ".gz" else data), revision
 
 
-def read_json_rows(path):
-    """Read a JSON array, or a file with a row a line. Raises ValueError with the wrong line."""
-    opened = gzip.open if path.suffix == ".gz" else open
-    with opened(path, "rt", encoding="utf-8-sig") as file:
-        text = file.read()
-    is_array = text.lstrip().startswith("[")
+def read_json(data):
+    """Read an array, or a row a line. Raises ValueError with the number of a wrong line."""
+    text = data.decode("utf-8-sig")
+    if text.lstrip().startswith("["):
+        return json.loads(text)
     rows = []
-    for number, part in enumerate([text] if is_array else text.split("\n"), start=1):
+    for number, line in enumerate(text.split("\n"), start=1):
         try:
-            rows += json.loads(part) if is_array else [json.loads(part)] if part.strip() else []
-        except (ValueError, RecursionError) as error:
-            line = number + getattr(error, "lineno", 1) - 1
-            raise ValueError(
-                f"line {line}: invalid JSON ({error}); give a JSON array, or one row a line"
-            ) from None
+            rows += [json.loads(line)] if line.strip() else []
+        except json.JSONDecodeError as error:
+            raise ValueError(f"line {number} is no JSON: {error.msg}") from None
     return rows
 
 
-class UnusableRow(ValueError):
-    """A row that cannot be used; its text says why."""
+def parse_literal(value):
+    """Read text as JSON, or else as a Python literal: the dataset exists in both."""
+    if not isinstance(value, str):
+        return value
+    for read in (json.loads, ast.literal_eval):
+        try:
+            return read(value.strip())
+        except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
+            continue
+    raise ValueError("neither JSON nor a Python literal")
 
 
-def parse_literal(text):
-    """Read JSON, or else a Python literal: the dataset exists in both. Raises ValueError."""
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        pass
-    try:
-        with warnings.catch_warnings(action="ignore"):  # of odd escapes in a text
-            return ast.literal_eval(text.strip())
-    except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
-        raise ValueError("neither JSON nor a Python literal") from None
-
-
-def to_json(value):
-    return json.dumps(value, ensure_ascii=False, allow_nan=False)
+def parse_list(value):
+    value = parse_literal(value)
+    return value if isinstance(value, list) else [value]
 
 
 def drop_nulls(value):
@@ -164,117 +137,103 @@ def drop_nulls(value):
     return [drop_nulls(item) for item in value] if isinstance(value, list) else value
 
 
-def read_tools(declared, system_text):
+def read_tools(declared, prompt):
     """Return the tools of a row as a list: from its "tools" column, or else from its prompt.
 
     None if there is a declaration, but none that can be read.
     """
-    if isinstance(declared, str) and declared.strip() in ("", "null", "None"):
-        declared = None
-    shown = re.findall(r"<tools>(.*?)</tools>", system_text, re.DOTALL)
-    candidates = [declared] * (declared is not None) + [text for text in shown if text.strip()]
-    for candidate in candidates:
+    shown = re.findall(r"<tools>(.*?)</tools>", prompt, re.DOTALL)
+    nothing = ("", "[]", "null", "None")
+    declarations = [text for text in (declared, *shown) if str(text).strip() not in nothing]
+    for text in declarations:
         try:
-            tools = (
-                parse_literal(candidate) if isinstance(candidate, str) else drop_nulls(candidate)
-            )
-            tools = tools if isinstance(tools, list) else [tools]
-            tools = [parse_literal(tool) if isinstance(tool, str) else tool for tool in tools]
-            if all(isinstance(tool, dict) for tool in tools) and to_json(tools):
+            tools = [parse_literal(tool) for tool in parse_list(text)]
+            if to_json(tools) and all(isinstance(tool, dict) for tool in tools):
                 return tools
-        except (TypeError, ValueError):  # no literal, or one that JSON cannot say
+        except (TypeError, ValueError, RecursionError):
             continue
-    return None if candidates else []
+    return None if declarations else []
 
 
-def read_text(content):
-    """The text of a turn, given as such or as OpenAI's list of content parts."""
-    if isinstance(content, list):
-        parts = [part.get("text") if isinstance(part, dict) else None for part in content]
-        content = "\n".join(parts) if all(isinstance(part, str) for part in parts) else parts
-    if not isinstance(content, str | None):
-        raise UnusableRow("a turn holds something other than text")
-    return content or ""
-
-
-def render_call(call):
-    """Write a call as a block; arguments that are JSON text stay as they are."""
-    call = call.get("function") or call if isinstance(call, dict) else call
-    if not isinstance(call, dict):
-        raise UnusableRow("a call is no object")
-    arguments = call.get("arguments")
-    is_text = isinstance(arguments, str)
-    arguments = arguments.strip() or "{}" if is_text else to_json(arguments or {})
-    name = to_json(call.get("name"))
-    return f'<tool_call>\n{{"name": {name}, "arguments": {arguments}}}\n</tool_call>'
+def render_calls(calls):
+    """Write calls as blocks; arguments that are text stay as they are."""
+    blocks = []
+    for call in calls:
+        call = call.get("function", call) if isinstance(call, dict) else call
+        if not isinstance(call, dict) or "parameters" in call:
+            raise ValueError("a call is no object of name and arguments")
+        name, arguments = to_json(call.get("name")), call.get("arguments") or {}
+        arguments = arguments.strip() or "{}" if isinstance(arguments, str) else to_json(arguments)
+        blocks.append(f'<tool_call>\n{{"name": {name}, "arguments": {arguments}}}\n</tool_call>')
+    return "\n".join(blocks)
 
 
 def render_turn(turn):
-    """Return (role, text) of a turn; calls and results become tagged blocks.
+    """Return (role, text) of a turn, with calls and results as blocks.
 
     The chat template of the training script renders OpenAI's messages in the same way.
     """
-    name = turn.get("role") or turn.get("from") if isinstance(turn, dict) else None
-    if name not in ROLES:
-        raise UnusableRow(f"unknown role {name!r}")
-    role, content = ROLES[name], turn.get("content")
-    text = read_text(turn.get("value") if content is None else content)
+    name = turn.get("role", turn.get("from")) if isinstance(turn, dict) else None
+    role = ROLES.get(str(name))
+    if role is None:
+        raise ValueError(f"unknown role {name!r}")
+    text = turn.get("content", turn.get("value", ""))
+    if isinstance(text, list) and all("text" in part for part in text):
+        text = "\n".join(part["text"] for part in text)
+    if not isinstance(text, str):
+        raise ValueError("a turn holds something other than text")
     if role == "tool" and "<tool_response>" not in text:
         text = f"<tool_response>\n{text}\n</tool_response>"
     if name == "function_call" and "<tool_call>" not in text:
         try:
-            calls = parse_literal(text)
-            text = "\n".join(map(render_call, calls if isinstance(calls, list) else [calls]))
-        except (TypeError, ValueError):  # kept as it is, and counted as a call that cannot be read
+            text = render_calls(parse_list(text))
+        except (TypeError, ValueError):  # kept, and counted as a call that cannot be read
             text = f"<tool_call>\n{text}\n</tool_call>"
-    blocks = [render_call(drop_nulls(call)) for call in turn.get("tool_calls") or []]
-    return role, "\n".join([text] * bool(text) + blocks)
+    blocks = render_calls(parse_list(turn.get("tool_calls", [])))
+    return role, "\n".join(part for part in (text, blocks) if part)
 
 
-def convert_row(row, think_instruction=True):
-    """Convert a row into {"id", "messages", "tools"}. Raises UnusableRow.
+def convert_row(row, before_request=THINK_INSTRUCTION):
+    """Convert a row into {"id", "messages", "tools"}. Raises ValueError if it cannot be used.
 
-    System text, tools that it does not show, and the instruction to think are merged into the
-    first user turn; results that stand in several turns in a row are joined. "tools" is None if
-    they are declared in a way that cannot be read.
+    System text, tools that it does not show, and `before_request` are merged into the first user
+    turn; results in several turns are joined. "tools" is None if no declaration can be read.
     """
-    turns = (row.get("conversations") or row.get("messages")) if isinstance(row, dict) else None
-    with contextlib.suppress(ValueError):
-        turns = parse_literal(turns) if isinstance(turns, str) else turns
+    row = drop_nulls(row) if isinstance(row, dict) else {}
+    turns = parse_literal(row.get("conversations") or row.get("messages"))
     if not isinstance(turns, list) or not turns:
-        raise UnusableRow('no list of turns in "conversations" or "messages"')
-    messages, system_text, previous = [], read_text(row.get("system")), None
-    for position, turn in enumerate(turns):
-        role, text = render_turn(turn)
-        if role == "system" and position == 0:
-            system_text = text or system_text
-        elif not text.strip():
-            raise UnusableRow("a turn is empty")
-        elif role == previous == "tool":
+        raise ValueError('no list of turns in "conversations" or "messages"')
+    turns = [render_turn(turn) for turn in turns]
+    system_text = str(row.get("system", ""))
+    if turns[0][0] == "system":
+        system_text = turns.pop(0)[1] or system_text
+    messages, previous = [], None
+    for role, text in turns:
+        if role == previous == "tool":
             messages[-1]["content"] += "\n" + text
-        elif role in MAY_FOLLOW[previous]:
-            messages.append({"role": role, "content": text})
-            previous = role
-        else:
-            raise UnusableRow(f"a {role} turn follows {previous or 'the beginning'}")
+            continue
+        if role not in NEXT[previous]:
+            raise ValueError(f"a turn of {role} where {' or '.join(NEXT[previous])} is due")
+        if not text.strip():
+            raise ValueError(f"an empty turn of {role}")
+        messages.append({"role": role, "content": text})
+        previous = role
     if len(messages) < 2:
-        raise UnusableRow("no turn of the model")
+        raise ValueError("no turn of the model")
 
-    tools = read_tools(row.get("tools"), system_text)
     request = messages[0]["content"]
-    prompt = [system_text] if system_text.strip() else []
+    tools = read_tools(row.get("tools"), system_text + request)
+    parts = [system_text] if system_text.strip() else []
     if tools and "</tools>" not in system_text + request:
-        prompt.append(BEFORE_TOOLS + to_json(tools) + AFTER_TOOLS)
-    if prompt:
-        joint = THINK_INSTRUCTION if think_instruction else NO_INSTRUCTION
-        messages[0]["content"] = "\n\n".join(prompt) + joint + request
-    tools = None if tools is None else to_json(tools)
+        parts.append(BEFORE_TOOLS + to_json(tools) + AFTER_TOOLS)
+    if parts:
+        messages[0]["content"] = "\n\n".join(parts) + before_request + request
     return {"id": row.get("id"), "messages": messages, "tools": tools}
 
 
-def find_calls(messages):
-    """The texts of the calls in the model's turns, a list for each turn."""
-    said = [turn["content"] for turn in messages if turn["role"] == "assistant"]
+def find_calls(record):
+    """Return the texts of the calls in a record, a list for each turn of the model."""
+    said = [turn["content"] for turn in record["messages"] if turn["role"] == "assistant"]
     return [re.findall(r"<tool_call>(.*?)(?:</tool_call>|\Z)", text, re.DOTALL) for text in said]
 
 
@@ -284,33 +243,32 @@ def can_be_read(call):
         call = parse_literal(call)
     except ValueError:
         return False
-    arguments = call.get("arguments") if isinstance(call, dict) else None
-    has_arguments = isinstance(arguments, dict) or (not arguments and "parameters" not in call)
-    return isinstance(call, dict) and isinstance(call.get("name"), str) and has_arguments
+    if not isinstance(call, dict) or "parameters" in call:
+        return False
+    return isinstance(call.get("name"), str) and isinstance(call.get("arguments") or {}, dict)
 
 
-def convert_rows(rows, think_instruction):
-    """Convert all rows into (records, dropped, noticed), with None for a row that is dropped.
+def count(met, what, row_number):
+    met.setdefault(what, {"count": 0, "first_row": row_number})["count"] += 1
 
-    `dropped` and `noticed` hold, by what was met, the numbers of the rows; the first row is 1.
-    """
-    records, ids, dropped, noticed = [], set(), defaultdict(list), defaultdict(list)
+
+def convert_rows(rows, before_request):
+    """Return (records, dropped, noticed) of all rows, with None for a record that is dropped."""
+    records, ids, dropped, noticed = [], set(), {}, {}
     for number, row in enumerate(rows, start=1):
         records.append(None)
         try:
-            record = convert_row(row, think_instruction)
+            record = convert_row(row, before_request)
             to_json(record).encode()
-        except UnusableRow as reason:
-            dropped[str(reason)].append(number)
-            continue
-        except UnicodeEncodeError:
-            dropped["its text is not valid Unicode"].append(number)
+        except (TypeError, ValueError, RecursionError) as error:
+            count(dropped, str(getattr(error, "reason", error)), number)
             continue
         if record["tools"] is None:
-            noticed["tools that cannot be read"].append(number)
-            record["tools"] = "[]"
-        calls = sum(find_calls(record["messages"]), [])
-        noticed["calls that cannot be read"] += [number for c in calls if not can_be_read(c)]
+            count(noticed, "tools that cannot be read", number)
+        record["tools"] = to_json(record["tools"] or [])
+        for call in sum(find_calls(record), []):
+            if not can_be_read(call):
+                count(noticed, "calls that cannot be read", number)
         # A prediction is traced back by its id, so each row has one and no two share it.
         record["id"] = f"row-{number}" if record["id"] in (None, "") else str(record["id"])
         while record["id"] in ids:
@@ -320,77 +278,71 @@ def convert_rows(rows, think_instruction):
     return records, dropped, noticed
 
 
-def write_splits(records, args):
-    """Draw the split over all rows and write both; return their entries for dataset_info.json.
-
-    Raises ValueError if a split would be empty; then nothing is written.
-    """
+def draw_splits(records, test_size, seed):
+    """Draw the published split over all rows, then leave out those that are dropped."""
     import datasets
 
-    datasets.disable_progress_bars()
-    numbers = datasets.Dataset.from_dict({"row": range(len(records))})
-    drawn = numbers.train_test_split(test_size=args.test_size, seed=args.seed)
-    splits = {name: [records[i] for i in drawn[name]["row"] if records[i]] for name in SPLIT_FILES}
-    if not all(splits.values()):
-        raise ValueError(f"one of the splits has no usable row: {len(records)} rows are too few")
-    args.output_dir.mkdir(parents=True, exist_ok=True)
-    entries = {}
-    for name, split in splits.items():
-        text = "".join(to_json(record) + "\n" for record in split).encode()
-        calls = [found for record in split for found in find_calls(record["messages"])]
-        entries[name] = {
-            "file": SPLIT_FILES[name],
-            "sha256": hashlib.sha256(text).hexdigest(),
-            "conversations": len(split),
-            "tool_call_turns": sum(bool(found) for found in calls),
-            "helpful_turns": sum(not found for found in calls),
-            "tool_calls": sum(map(len, calls)),
-        }
-        (args.output_dir / f"{SPLIT_FILES[name]}.tmp").write_bytes(text)
-    for file in SPLIT_FILES.values():
-        os.replace(args.output_dir / f"{file}.tmp", args.output_dir / file)
-    prompts = {record["messages"][0]["content"] for record in splits["train"]}
-    repeated = [record["messages"][0]["content"] in prompts for record in splits["test"]]
-    entries["test"]["same_first_user_turn_in_train"] = sum(repeated)
-    return entries
+    rows = datasets.Dataset.from_dict({"row": range(len(records))})
+    rows = rows.train_test_split(test_size=test_size, seed=seed)
+    return {name: [records[i] for i in rows[name]["row"] if records[i]] for name in SPLIT_FILES}
 
 
-def summarize(met):
-    return {what: {"count": len(at), "first_row": at[0]} for what, at in met.items() if at}
+def describe_split(name, records, text):
+    calls = [found for record in records for found in find_calls(record)]
+    return {
+        "file": SPLIT_FILES[name],
+        "sha256": hashlib.sha256(text.encode()).hexdigest(),
+        "conversations": len(records),
+        "tool_call_turns": sum(bool(found) for found in calls),
+        "helpful_turns": sum(not found for found in calls),
+    }
+
+
+def write_files(texts, folder):
+    """Write all files before any takes its place, so that an earlier result stays whole."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as unfinished:
+        for name, text in texts.items():
+            Path(unfinished, name).write_bytes(text.encode())
+        for name in texts:
+            Path(unfinished, name).replace(folder / name)
 
 
 def main(argv=None):
     args = parse_args(argv)
+    before_request = THINK_INSTRUCTION if args.think_instruction else "\n\n"
     try:
-        rows, commit = load_rows(args)
-        records, dropped, noticed = convert_rows(rows, args.think_instruction)
-        if not any(records):
-            raise ValueError(f"no usable row ({'; '.join(dropped) or 'it is empty'})")
-        entries = write_splits(records, args)
-    except (OSError, ValueError, RuntimeError, EOFError) as error:
-        sys.exit(f"error: --dataset {args.dataset}: {' '.join(str(error).split())}")
-    joint = THINK_INSTRUCTION if args.think_instruction else NO_INSTRUCTION
+        rows, revision = load_rows(args)
+    except Exception as error:  # gzip, pyarrow, datasets and the hub raise errors of many kinds
+        reason = " ".join(f"{error} {error.__cause__ or ''}".split())
+        sys.exit(f"error: {args.dataset}: {reason}")
+    records, dropped, noticed = convert_rows(rows, before_request)
+    source = {name: getattr(args, name) for name in ("dataset", "config", "split", "revision")}
+    prompt = {"before_tools": BEFORE_TOOLS, "after_tools": AFTER_TOOLS}
     info = {
-        "source": {
-            **{name: getattr(args, name) for name in ("dataset", "config", "split", "revision")},
-            "resolved_revision": commit,
-        },
+        "source": {**source, "resolved_revision": revision},
         "seed": args.seed,
-        "test_size": args.test_size,
-        "prompt": {
-            "before_tools": BEFORE_TOOLS,
-            "after_tools": AFTER_TOOLS,
-            "before_request": joint,
-        },
+        "prompt": {**prompt, "before_request": before_request},
         "rows_loaded": len(records),
         "rows_kept": sum(record is not None for record in records),
-        "dropped": summarize(dropped),
-        "noticed": summarize(noticed),
-        **entries,
-        "versions": {name: importlib.metadata.version(name) for name in ("datasets", "numpy")},
+        "dropped": dropped,
+        "noticed": noticed,
     }
-    text = json.dumps(info, indent=2, ensure_ascii=False) + "\n"
-    (args.output_dir / "dataset_info.json").write_text(text, encoding="utf-8")
+    try:
+        splits = draw_splits(records, args.test_size, args.seed)
+        if not all(splits.values()):
+            raise ValueError(f"a split has no usable row; dropped: {'; '.join(dropped) or 'none'}")
+        texts = {}
+        for name, split in splits.items():
+            text = texts[SPLIT_FILES[name]] = "".join(to_json(record) + "\n" for record in split)
+            info[name] = describe_split(name, split, text)
+        seen = {record["messages"][0]["content"] for record in splits["train"]}
+        overlap = sum(record["messages"][0]["content"] in seen for record in splits["test"])
+        info["test"]["same_first_user_turn_in_train"] = overlap
+        texts["dataset_info.json"] = json.dumps(info, indent=2, ensure_ascii=False) + "\n"
+        write_files(texts, args.output_dir)
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: {error}")
     print_summary(args, info, any(record and record["tools"] != "[]" for record in records))
 
 
@@ -401,26 +353,20 @@ def print_summary(args, info, has_tools):
         for what, met in info[kind].items():
             print(f"  {kind}   {met['count']:,}: {what} (first in row {met['first_row']:,})")
     for name in SPLIT_FILES:
-        split = info[name]
-        print(
-            f"{name.title():<11} {split['conversations']:,} conversations: "
-            f"{split['tool_call_turns']:,} tool-call and {split['helpful_turns']:,} helpful turns"
-        )
-    same = info["test"]["same_first_user_turn_in_train"]
-    print(f"Overlap     {same:,} test conversations begin with a first user turn of train")
-    if has_tools and not info["train"]["tool_calls"] + info["test"]["tool_calls"]:
+        turns = "{conversations:,} conversations: {tool_call_turns:,} tool-call and {helpful_turns:,} helpful turns"
+        print(f"{name.title():<11} " + turns.format(**info[name]))
+    print(
+        f"Overlap     {info['test']['same_first_user_turn_in_train']:,} test conversations begin as one of train"
+    )
+    if has_tools and not info["train"]["tool_call_turns"] + info["test"]["tool_call_turns"]:
         print(
             "warning: tools are declared, but no turn calls one: the model would learn not to call"
         )
-    print(f"Written to  {args.output_dir}/: {', '.join(SPLIT_FILES.values())}, dataset_info.json")
-    command = ["python", "function_calling_train.py"]
+    command = "python function_calling_train.py"
     if args.output_dir != Path("processed_data"):
-        command += ["--train-file", str(args.output_dir / SPLIT_FILES["train"])]
-    print(f"Next        {shlex.join(command)}")
+        command += f" --train-file {shlex.quote(str(args.output_dir / SPLIT_FILES['train']))}"
+    print(f"Written to  {args.output_dir}\nNext        {command}")
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit("interrupted: run the same command again")
+    main()
