@@ -4,10 +4,9 @@
     python prepare_function_calling_dataset.py --dataset my_rows.jsonl    # your own rows
 
 A row holds its turns in "conversations" (from, value) or in OpenAI's "messages" (role, content,
-tool_calls), and its tools in "tools". Each usable row becomes one line of a split, with "id",
-"messages" of user, assistant and tool, and "tools": system text and tools are part of the first
-user turn, calls are <tool_call> blocks and results <tool_response> blocks. dataset_info.json holds
-the source, the counts, and the wording of the prompt, which the training script takes from there.
+tool_calls), and its tools in "tools". It becomes a line of a split: {"id", "messages", "tools"}.
+System text and tools go into the first user turn, calls and results into <tool_call> and
+<tool_response> blocks. dataset_info.json holds the source, counts and the wording of the prompt.
 """
 
 import argparse
@@ -133,7 +132,7 @@ def render_calls(calls):
     """Write calls as blocks; arguments that are text stay as they are."""
     calls, blocks = parse_literal(calls), []
     for call in calls if isinstance(calls, list) else [calls]:
-        call = call.get("function", call) if isinstance(call, dict) else call
+        call = call.get("function") or call if isinstance(call, dict) else call
         if not isinstance(call, dict) or "parameters" in call:
             raise ValueError("a call is no object of name and arguments")
         name, arguments = to_json(call.get("name")), call.get("arguments") or {}
@@ -144,11 +143,11 @@ def render_calls(calls):
 
 def render_turn(turn):
     """Return (role, text) of a turn; the chat template of the training script does the same."""
-    name = turn.get("role", turn.get("from")) if isinstance(turn, dict) else None
+    name = turn.get("role") or turn.get("from") if isinstance(turn, dict) else None
     role = ROLES.get(str(name))
     if role is None:
         raise ValueError(f"unknown role {name!r}")
-    text, calls = turn.get("content", turn.get("value", "")), turn.get("tool_calls") or []
+    text, calls = turn.get("content") or turn.get("value") or "", turn.get("tool_calls") or []
     if isinstance(text, list) and all("text" in part for part in text):  # OpenAI's parts
         text = "\n".join(part["text"] for part in text)
     if not isinstance(text, str):
@@ -240,7 +239,7 @@ def write_splits(records, info, args):
     for name, file in SPLIT_FILES.items():
         split = [records[row] for row in drawn[name]["row"] if records[row]]
         if not split:
-            raise ValueError(f"no usable row for {name}; dropped: {'; '.join(info['dropped'])}")
+            raise ValueError(f"no row of {len(records)} for {name}; dropped: {[*info['dropped']]}")
         said = [t["content"] for r in split for t in r["messages"] if t["role"] == "assistant"]
         num_calls = sum("<tool_call>" in text for text in said)
         texts[file] = "".join(to_json(record) + "\n" for record in split).encode()
@@ -296,5 +295,6 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    logging.captureWarnings(True)
     logging.disable()  # what goes wrong in a library is told once, by its error
     main()

@@ -1,311 +1,324 @@
-"""Step 1: what becomes of a row, which rows are dropped, which split is drawn, and what it costs."""
+"""Step 1: what becomes of a row, which rows are dropped, which split is drawn, what is written."""
 
+import gzip
 import hashlib
 import json
-import subprocess
-import sys
 
 import pytest
-from conftest import ROOT, SYSTEM, assert_fails_in_one_line, make_row, make_tool, run_script, write_rows
-from hypothesis import given, settings
+from conftest import SHARED, assert_fails_in_one_line, make_row, make_tool, run_script, write_rows
+from hypothesis import given
 from hypothesis import strategies as st
 
 import prepare_function_calling_dataset as prepare
 
 SCRIPT = "prepare_function_calling_dataset.py"
-
-
-def turns(*pairs):
-    return {"id": "x", "conversations": [{"from": role, "value": value} for role, value in pairs], "tools": "null"}
-
-
-def read_lines(path):
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
-def test_system_text_and_instruction_are_merged_into_the_first_user_turn():
-    row = turns(("system", "Use tools."), ("human", "Hi"), ("gpt", "Hello"), ("human", "Bye"), ("gpt", "Goodbye"))
-    record, _ = prepare.convert_row(row)
-    assert record["messages"] == [
-        {
-            "role": "user",
-            "content": "Use tools.Also, before making a call to a function take the time to plan the function to take. "
-            "Make that thinking process between <think>{your thoughts}</think>\n\nHi",
-        },
-        {"role": "assistant", "content": "Hello"},
-        {"role": "user", "content": "Bye"},
-        {"role": "assistant", "content": "Goodbye"},
-    ]
-    record, _ = prepare.convert_row(row, think_instruction=False)
-    assert record["messages"][0]["content"] == "Use tools.\n\nHi"
-
-
-def test_a_row_without_system_text_is_left_as_it_is():
-    record, _ = prepare.convert_row(turns(("human", "Hi"), ("gpt", "Hello")))
-    assert record["messages"][0] == {"role": "user", "content": "Hi"}
-
-
-@pytest.mark.parametrize("spell", [json.dumps, repr], ids=["JSON", "Python literals"])
-def test_both_spellings_of_the_data_give_the_same_tools_and_calls(spell):
-    record, readable = prepare.convert_row(make_row(0, spell))
-    assert readable and json.loads(record["tools"]) == [make_tool("get_weather_0", "city")]
-    assert prepare.called_names(record["messages"][1]["content"]) == ["get_weather_0"]
-
-
-@pytest.mark.parametrize("column", ["null", "", None, "not { readable"])
-def test_tools_are_taken_from_the_prompt_where_the_column_has_none(column):
-    row = {**make_row(0), "tools": column}
-    record, readable = prepare.convert_row(row)
-    assert readable and json.loads(record["tools"]) == [make_tool("get_weather_0", "city")]
-
-
-def test_a_row_without_tools_has_an_empty_list_and_an_unreadable_declaration_is_told():
-    assert prepare.convert_row(make_row(3))[0]["tools"] == "[]"
-    assert prepare.convert_row(make_row(3))[1] is True
-    record, readable = prepare.convert_row({**make_row(3), "tools": "[{'name': "})
-    assert (record["tools"], readable) == ("[]", False)
-
-
-def test_results_in_consecutive_tool_turns_are_joined_so_that_roles_alternate():
-    row = turns(("human", "Go"), ("gpt", "calls"), ("tool", "one"), ("tool", "two"), ("gpt", "Done"))
-    messages = prepare.convert_row(row)[0]["messages"]
-    assert [message["role"] for message in messages] == ["user", "assistant", "tool", "assistant"]
-    assert messages[2]["content"] == "one\ntwo"
-
-
-@pytest.mark.parametrize(
-    "row, reason",
-    [
-        ({"id": "x"}, prepare.MISSING_TURN),
-        ({"conversations": []}, prepare.MISSING_TURN),
-        ({"conversations": None}, prepare.MISSING_TURN),
-        (["not", "a", "row"], prepare.MISSING_TURN),
-        (turns(("human", "Hi"), ("gpt", " \n")), prepare.MISSING_TURN),
-        (turns(("human", "Hi"), ("gpt", None)), prepare.MISSING_TURN),
-        ({"conversations": ["Hi"]}, prepare.MISSING_TURN),
-        (turns(("human", "Hi"), ("robot", "Hello")), prepare.UNKNOWN_ROLE),
-        (turns(("human", "Hi"), (["gpt"], "Hello")), prepare.UNKNOWN_ROLE),
-        (turns(("gpt", "Hello"), ("human", "Hi")), prepare.WRONG_ORDER),
-        (turns(("human", "Hi"), ("human", "Hi?"), ("gpt", "Hello")), prepare.WRONG_ORDER),
-        (turns(("human", "Hi"), ("gpt", "Hello"), ("gpt", "Hello?")), prepare.WRONG_ORDER),
-        (turns(("human", "Hi"), ("tool", "result"), ("gpt", "Hello")), prepare.WRONG_ORDER),
-        (turns(("human", "Hi"), ("gpt", "call"), ("tool", "result"), ("human", "And?")), prepare.WRONG_ORDER),
-        (turns(("human", "Hi"), ("system", "Late"), ("gpt", "Hello")), prepare.WRONG_ORDER),
-        (turns(("system", "Only"), ("human", "Hi")), prepare.NOTHING_TO_SAY),
-        (turns(("system", "Only")), prepare.NOTHING_TO_SAY),
-    ],
+REAL_ROWS = SHARED / "data" / "glaive_function_calling_300.json"
+THINK = (
+    "Also, before making a call to a function take the time to plan the function to take. "
+    "Make that thinking process between <think>{your thoughts}</think>\n\n"
 )
-def test_unusable_rows_are_told_apart(row, reason):
-    with pytest.raises(prepare.UnusableRow, match=reason):
+HI, HELLO = ("human", "Hi"), ("gpt", "Hello")
+CALL = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Oslo"}}\n</tool_call>'
+RESULT = '<tool_response>\n{"degrees": 0}\n</tool_response>'
+TOOL = make_tool("get_weather", "city")
+
+
+def turns(*pairs, **columns):
+    return {"conversations": [{"from": role, "value": text} for role, text in pairs], **columns}
+
+
+def openai(*messages, **columns):
+    names = ("role", "content", "tool_calls")
+    return {"messages": [dict(zip(names, m, strict=False)) for m in messages], **columns}
+
+
+def texts(row, before_request="\n\n"):
+    return [turn["content"] for turn in prepare.convert_row(row, before_request)["messages"]]
+
+
+def read_tools(**columns):
+    return json.loads(prepare.convert_row(turns(HI, HELLO, **columns))["tools"])
+
+
+def met(count, first_row):
+    return {"count": count, "first_row": first_row}
+
+
+def sha256_of(path):
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def run(source, folder, *options):
+    """Run step 1 in this process; return all records by split, and dataset_info.json."""
+    prepare.main(["--dataset", str(source), "--output-dir", str(folder), *options])
+    info = json.loads((folder / "dataset_info.json").read_text(encoding="utf-8"))
+    lines = {
+        n: (folder / info[n]["file"]).read_text("utf-8").splitlines() for n in ("train", "test")
+    }
+    return {name: [json.loads(line) for line in lines[name]] for name in lines}, info
+
+
+def test_system_text_and_instruction_stand_before_the_first_request_alone():
+    row = turns(("system", "Use tools."), HI, HELLO, ("human", "Bye"), ("gpt", "So"))
+    assert texts(row, THINK) == ["Use tools." + THINK + "Hi", "Hello", "Bye", "So"]
+    assert texts(row)[0] == "Use tools.\n\nHi"
+    assert texts(turns(HI, HELLO), THINK) == ["Hi", "Hello"]
+    assert texts(turns(("system", " "), HI, HELLO), THINK)[0] == "Hi"
+
+
+def test_tools_are_shown_once_where_the_row_does_not_show_them():
+    shown = prepare.BEFORE_TOOLS + json.dumps([TOOL]) + prepare.AFTER_TOOLS
+    assert texts(turns(HI, HELLO, tools=[TOOL]))[0] == shown + "\n\nHi"
+    kind = turns(HI, HELLO, tools=[TOOL], system="Be kind.")
+    assert texts(kind, THINK)[0] == "Be kind.\n\n" + shown + THINK + "Hi"
+    own = f"<tools>{json.dumps([TOOL])}</tools>"
+    assert texts(turns(HI, HELLO, tools=[TOOL], system=own))[0] == own + "\n\nHi"
+    assert texts(turns(("human", own + "Hi"), HELLO, tools=[TOOL]))[0] == own + "Hi"
+    assert texts(turns(HI, HELLO, tools="[]"))[0] == "Hi"
+
+
+def test_every_way_to_declare_tools_gives_the_same_json():
+    in_text = [json.dumps([TOOL]), json.dumps(TOOL), repr([TOOL])]
+    filled_by_arrow = [{**TOOL, "strict": None}]
+    for declared in ([TOOL], [json.dumps(TOOL)], *in_text, filled_by_arrow):
+        assert read_tools(tools=declared) == [TOOL]
+    assert read_tools(tools='[{"name": "f", "default": null}]') == [{"name": "f", "default": None}]
+
+
+def test_tools_are_taken_from_the_prompt_where_the_column_has_none():
+    for column in ("null", "", None, [], "not { readable"):
+        tools = prepare.convert_row({**make_row(0), "tools": column})["tools"]
+        assert json.loads(tools) == [make_tool("get_weather_0", "city")]
+
+
+def test_arguments_of_a_call_given_as_text_or_object():
+    as_text = {'{"city":"Oslo"}': '{"city":"Oslo"}', ' {"a": null}\n': '{"a": null}', "": "{}"}
+    as_object = [({"city": "Zürich", "unit": None}, '{"city": "Zürich"}'), (None, "{}")]
+    for arguments, written in [*as_text.items(), *as_object]:
+        call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": arguments}}
+        said = ("assistant", "I look.", [call, call])
+        block = f'<tool_call>\n{{"name": "f", "arguments": {written}}}\n</tool_call>'
+        assert texts(openai(("user", "Hi", None), said))[1] == f"I look.\n{block}\n{block}"
+
+
+def test_openai_messages_parts_developer_and_tool_turns_in_a_row():
+    call = {"function": {"name": "get_weather", "arguments": '{"city": "Oslo"}'}}
+    row = openai(
+        ("developer", "Be kind."),
+        ("user", [{"type": "text", "text": text} for text in ("Weather", "in Oslo?")]),
+        ("assistant", None, [call]),
+        ("tool", '{"degrees": 0}'),
+        ("tool", "<tool_response>\nwindy\n</tool_response>"),
+        ("assistant", "Cold.", None),
+    )
+    results = RESULT + "\n<tool_response>\nwindy\n</tool_response>"
+    assert texts(row) == ["Be kind.\n\nWeather\nin Oslo?", CALL, results, "Cold."]
+    assert texts({"messages": json.dumps(row["messages"])}) == texts(row)
+
+
+def test_function_call_and_observation_turns_with_a_system_column():
+    call = '{"name": "get_weather", "arguments": {"city": "Oslo"}}'
+    steps = ("function_call", call), ("observation", '{"degrees": 0}')
+    row = turns(HI, *steps, HELLO, system="Be kind.")
+    assert texts(row) == ["Be kind.\n\nHi", CALL, RESULT, "Hello"]
+
+
+DROPPED = [
+    (["not", "a", "row"], "no list of turns"),
+    ({"id": "x", "query": "Hi", "answers": "[]"}, "no list of turns"),
+    ({"conversations": ["Hi"]}, "unknown role None"),
+    (turns(HI, ("robot", "Hello")), "unknown role 'robot'"),
+    (turns(HI, (["gpt"], "Hello")), r"unknown role \['gpt'\]"),
+    (turns(HI, ("gpt", {"a": 1})), "something other than text"),
+    (turns(("human", [{"type": "image", "url": "x"}]), HELLO), "something other than text"),
+    (turns(HI, ("gpt", " \n")), "an empty turn of assistant"),
+    (turns(HELLO, HI), "a turn of assistant where user is due"),
+    (turns(HI, HI, HELLO), "a turn of user where assistant is due"),
+    (turns(HI, HELLO, HELLO), "a turn of assistant where user or tool is due"),
+    (turns(HI, ("tool", "1"), HELLO), "a turn of tool where assistant is due"),
+    (turns(("system", "A"), ("developer", "B"), HI, HELLO), "of system where user is due"),
+    (turns(("system", "Only"), HI), "no turn of the model"),
+    (turns(HI, ("function_call", "get_weather(Oslo)")), "neither JSON nor a Python literal"),
+    (turns(HI, ("function_call", '{"name": "f", "parameters": {}}')), "a call is no object"),
+    (openai(("user", "Hi", 5)), "a call is no object"),
+]
+
+
+@pytest.mark.parametrize("row, reason", DROPPED)
+def test_a_row_of_no_use_is_dropped_with_its_reason(row, reason):
+    with pytest.raises(ValueError, match=reason):
         prepare.convert_row(row)
 
 
-def test_the_split_is_drawn_over_all_rows_and_only_then_are_rows_dropped(tmp_path):
+CASES = """good c01_sharegpt_function_call c02_openai_messages c04_system_column c06_arrow_nulls
+    c05_tools_column_only c07_tools_list_of_strings c08_type_dict c10_empty_system c15_rows
+    c13_call_spellings c18_no_arguments c19b_nullable"""
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason=f"{SHARED}/cases is not there")
+@pytest.mark.parametrize("name", CASES.split())
+def test_every_row_of_a_public_layout_is_kept(name, tmp_path):
+    (path,) = (SHARED / "cases").glob(f"{name}.*")
+    records, info = run(path, tmp_path)
+    assert (info["rows_loaded"], info["rows_kept"], info["dropped"]) == (15, 15, {})
+    bad_calls = {"calls that cannot be read": met(15, 1)} if name == "c13_call_spellings" else {}
+    assert info["noticed"] == bad_calls
+    for record in records["train"] + records["test"]:
+        prompt, call, result, _ = [turn["content"] for turn in record["messages"]]
+        assert call.startswith("<tool_call>\n{") or bad_calls
+        assert result.startswith("<tool_response>\n") and result.endswith("\n</tool_response>")
+        assert prompt.replace("<tools></tools>", "").count("<tools>") == 1
+        assert len(json.loads(record["tools"])) == 1 and ": null" not in record["tools"]
+
+
+@pytest.mark.skipif(not REAL_ROWS.is_file(), reason=f"{REAL_ROWS} is not there")
+def test_the_real_rows_come_out_byte_for_byte(tmp_path):
+    info = run(REAL_ROWS, tmp_path)[1]
+    expected = {
+        "train": "b57154af2ec31b976d26bcc434b90b9cdf537518f815f011fe622eb2bc64e42f",
+        "test": "b238c2a1b985efc4a92822166b27ad1ef05bd270b801efe437d1f4b8d47f84c6",
+    }
+    assert {name: sha256_of(tmp_path / info[name]["file"]) for name in expected} == expected
+    assert {name: info[name]["sha256"] for name in expected} == expected
+    assert (info["rows_kept"], info["dropped"], info["noticed"]) == (300, {}, {})
+
+
+def test_the_split_is_drawn_over_all_rows_and_only_then_are_rows_dropped(tmp_path, capsys):
     import datasets
 
     rows = [make_row(number) for number in range(50)]
-    for number in (3, 17, 20, 41):
-        rows[number]["conversations"] = rows[number]["conversations"][:2]  # the model says nothing
-    rows[8]["conversations"][2]["from"] = "robot"
-    rows[9]["conversations"][1]["value"] = "lone \ud800 surrogate"
-    dropped = {3, 17, 20, 41, 8, 9}
-    prepare.main(["--dataset", str(write_rows(tmp_path / "rows.jsonl", rows)), "--output-dir", str(tmp_path / "out")])
-
-    published = datasets.Dataset.from_dict({"number": range(50)}).train_test_split(test_size=0.2, seed=42)
-    for name, file in (("train", prepare.TRAIN_FILE), ("test", prepare.TEST_FILE)):
-        expected = [f"id-{number}" for number in published[name]["number"] if number not in dropped]
-        assert [record["id"] for record in read_lines(tmp_path / "out" / file)] == expected
-    info = json.loads((tmp_path / "out" / "dataset_info.json").read_text())
-    assert (info["rows_loaded"], info["rows_kept"]) == (50, 44)
-    assert info["rows_dropped"] == {
-        prepare.MISSING_TURN: 0, prepare.UNKNOWN_ROLE: 1, prepare.WRONG_ORDER: 0, prepare.NOTHING_TO_SAY: 4, prepare.BAD_UNICODE: 1,
-    }
-
-
-def test_the_published_number_of_rows_gives_the_published_split_sizes():
-    train, test = prepare.draw_split(5209, test_size=0.2, seed=42)
-    assert (len(train), len(test)) == (4167, 1042)
-    assert sorted(train + test) == list(range(5209))
+    rows[8]["conversations"][2]["from"] = rows[20]["conversations"][2]["from"] = "robot"
+    rows[9]["conversations"][1]["value"] = "half a \ud800 character"
+    rows[30]["tools"] = [{"name": float("nan")}]
+    rows[30]["conversations"][0]["value"] = "No tools here."
+    rows[32]["conversations"][2]["value"] = "<tool_call>{broken</tool_call><tool_call>cut"
+    records, info = run(write_rows(tmp_path / "rows.jsonl", rows), tmp_path)
+    drawn = datasets.Dataset.from_dict({"n": range(50)}).train_test_split(test_size=0.2, seed=42)
+    for name in ("train", "test"):
+        expected = [f"id-{number}" for number in drawn[name]["n"] if number not in (8, 9, 20)]
+        assert [record["id"] for record in records[name]] == expected
+    assert (info["rows_loaded"], info["rows_kept"]) == (50, 47)
+    dropped = {"unknown role 'robot'": met(2, 9), "surrogates not allowed": met(1, 10)}
+    noticed = {"tools that cannot be read": met(1, 31), "calls that cannot be read": met(2, 33)}
+    assert (info["dropped"], info["noticed"]) == (dropped, noticed)
+    out = capsys.readouterr().out
+    assert "dropped   2: unknown role 'robot' (first in row 9)" in out
+    assert "noticed   2: calls that cannot be read (first in row 33)" in out
 
 
-def test_dataset_info_describes_the_splits(splits):
+def test_dataset_info_describes_source_wording_and_splits(splits):
     info = json.loads((splits / "dataset_info.json").read_text())
-    records = {name: read_lines(splits / info[name]["file"]) for name in ("train", "test")}
-    for name in records:
-        assert info[name]["sha256"] == hashlib.sha256((splits / info[name]["file"]).read_bytes()).hexdigest()
-        said = [m["content"] for record in records[name] for m in record["messages"] if m["role"] == "assistant"]
-        assert info[name]["conversations"] == len(records[name])
-        assert info[name]["tool_call_turns"] == sum("<tool_call>" in content for content in said)
-        assert info[name]["helpful_turns"] == sum("<tool_call>" not in content for content in said)
-    # Every made-up city is asked about in train as well.
-    assert info["test"]["same_first_user_turn_in_train"] == len(records["test"]) == 8
-    prompts = {record["messages"][0]["content"] for record in records["train"]}
-    assert info["test"]["same_first_user_turn_and_system_text_in_train"] == sum(
-        record["messages"][0]["content"] in prompts for record in records["test"]
-    )
-    assert info["source"]["resolved_revision"].startswith("sha256:")
-    assert info["seed"] == 42 and info["arguments"]["think_instruction"] is True
-    assert info["versions"]["datasets"]
-
-
-def test_calls_to_tools_that_train_never_saw_are_counted(tmp_path):
-    rows = []
-    for number in range(10):  # each row has a tool, a request and a system text of its own
-        tool = make_tool(f"tool_{number}", "x")
-        call = json.dumps({"name": f"tool_{number}", "arguments": {"x": "1"}})
-        rows.append({"id": str(number), "tools": json.dumps([tool]), "conversations": [
-            {"from": "system", "value": SYSTEM.format(tools=json.dumps([tool]))},
-            {"from": "human", "value": f"Request {number}"},
-            {"from": "gpt", "value": f"<tool_call>\n{call}\n</tool_call>\n<tool_call>\n{call}\n</tool_call>"},
-        ]})
-    prepare.main(["--dataset", str(write_rows(tmp_path / "rows.jsonl", rows)), "--output-dir", str(tmp_path)])
-    test = json.loads((tmp_path / "dataset_info.json").read_text())["test"]
-    assert test["conversations"] == 2 and test["tool_calls"] == 4 and test["tool_call_turns"] == 2
-    assert test["tool_calls_to_tools_unseen_in_train"] == 4
-    assert test["same_first_user_turn_in_train"] == 0
+    rows = splits.parent / "rows.jsonl"
+    source = {"dataset": str(rows), "config": None, "split": "train", "revision": None}
+    assert info["source"] == {**source, "resolved_revision": "sha256:" + sha256_of(rows)}
+    tools = {"before_tools": prepare.BEFORE_TOOLS, "after_tools": prepare.AFTER_TOOLS}
+    assert info["prompt"] == {**tools, "before_request": THINK} and info["seed"] == 42
+    # Of 40 rows a quarter is small talk; every other one has a call and an answer.
+    assert info["train"]["tool_call_turns"] + info["test"]["tool_call_turns"] == 30
+    assert info["train"]["helpful_turns"] + info["test"]["helpful_turns"] == 40
+    assert (info["train"]["conversations"], info["test"]["conversations"]) == (32, 8)
+    for name in ("train", "test"):
+        assert info[name]["sha256"] == sha256_of(splits / info[name]["file"])
 
 
 def test_missing_and_repeated_ids_are_made_unique(tmp_path):
-    rows = [make_row(number) for number in range(10)]
-    for row in rows[:5]:
-        row["id"] = "same"
-    rows[2]["id"] = "same-row-4"  # what the last of them would be renamed to
-    for row in rows[5:]:
-        del row["id"]
-    prepare.main(["--dataset", str(write_rows(tmp_path / "rows.jsonl", rows)), "--output-dir", str(tmp_path)])
-    records = read_lines(tmp_path / prepare.TRAIN_FILE) + read_lines(tmp_path / prepare.TEST_FILE)
-    ids = [record["id"] for record in records]
-    assert len(set(ids)) == 10 and "same" in ids and {"row-5", "row-9"} <= set(ids)
+    rows = [{**make_row(number), "id": "same"} for number in range(5)]
+    rows += [{**make_row(5), "id": "same-row-2"}, *[turns(HI, HELLO, id=None)] * 2]
+    records, info = run(write_rows(tmp_path / "rows.jsonl", rows), tmp_path, "--test-size", "0.5")
+    ids = {record["id"] for record in records["train"] + records["test"]}
+    assert len(ids) == 8 and {"same", "same-row-2", "same-row-5", "row-7", "row-8"} <= ids
 
 
-def test_an_array_and_lines_give_the_same_splits_and_so_does_a_second_run(tmp_path):
+def test_all_kinds_of_files_and_a_folder_give_the_same_splits(tmp_path, monkeypatch):
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     rows = [make_row(number) for number in range(20)]
-    write_rows(tmp_path / "rows.jsonl", rows)
-    (tmp_path / "rows.json").write_text("\ufeff" + json.dumps(rows, indent=1).replace("\n", "\r\n"), encoding="utf-8")
-    outputs = []
-    for source, folder in (("rows.jsonl", "a"), ("rows.json", "b"), ("rows.json", "c")):
-        prepare.main(["--dataset", str(tmp_path / source), "--output-dir", str(tmp_path / folder)])
-        outputs.append([(tmp_path / folder / name).read_bytes() for name in (prepare.TRAIN_FILE, prepare.TEST_FILE)])
-    assert outputs[0] == outputs[1] == outputs[2]
+    data = write_rows(tmp_path / "rows.jsonl", rows).read_bytes()
+    (tmp_path / "rows.jsonl.gz").write_bytes(gzip.compress(data))
+    array = "\ufeff" + json.dumps(rows, indent=1).replace("\n", "\r\n")
+    (tmp_path / "rows.json").write_text(array, encoding="utf-8")
+    (tmp_path / "folder").mkdir()
+    for path in (tmp_path / "rows.parquet", tmp_path / "folder" / "validation.parquet"):
+        datasets.Dataset.from_list(rows).to_parquet(str(path))
+    files = ["rows.jsonl.gz", "rows.json", "rows.parquet"]
+    runs = [run(tmp_path / file, tmp_path / "out")[0] for file in ["rows.jsonl", *files]]
+    options = ["--config", "default", "--split", "validation"]
+    runs.append(run(tmp_path / "folder", tmp_path / "out", *options)[0])
+    assert len(runs[0]["train"]) == 16 and all(splits == runs[0] for splits in runs)
 
 
-@settings(deadline=None)
-@given(
-    items=st.lists(st.dictionaries(st.text(max_size=4), st.text(max_size=20) | st.integers(), max_size=3)),
-    indent=st.sampled_from([None, 0, 3]), read_size=st.integers(1, 40),
-)
-def test_a_json_array_is_read_whole_wherever_the_reads_fall(tmp_path_factory, items, indent, read_size):
-    path = tmp_path_factory.getbasetemp() / "array.json"
-    path.write_text(json.dumps(items, indent=indent), encoding="utf-8")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prepare, "READ_SIZE", read_size)
-        with open(path, encoding="utf-8") as file:
-            assert list(prepare.read_json_array(file, path)) == items
+def test_structs_that_arrow_has_filled_with_null(tmp_path):
+    import datasets
+
+    rows = []
+    for name, argument in (("f", "a"), ("g", "b")):
+        call = {"function": {"name": name, "arguments": {argument: "x"}}}
+        said = ("user", "Go", None), ("assistant", None, [call])
+        rows.append(openai(*said, tools=[make_tool(name, argument)]))
+    datasets.Dataset.from_list(rows).to_parquet(str(tmp_path / "rows.parquet"))
+    records, _ = run(tmp_path / "rows.parquet", tmp_path / "out", "--test-size", "0.5")
+    for record in records["train"] + records["test"]:
+        name, argument = {"row-1": "fa", "row-2": "gb"}[record["id"]]
+        assert json.loads(record["tools"]) == [make_tool(name, argument)]
+        call = f'{{"name": "{name}", "arguments": {{"{argument}": "x"}}}}'
+        assert record["messages"][1]["content"] == f"<tool_call>\n{call}\n</tool_call>"
 
 
-@pytest.mark.parametrize(
-    "content, words",
-    [
-        ('{"id": 1}\n{"id": 2\n', ["line 2", "invalid JSON"]),
-        ('[\n{"id": 1},\n{"id": 2,,}\n]', ["line 3", "invalid JSON"]),
-        ('[\n{"id": 1},\n{"id": 2}\n', ["line 4", "the file ends inside the array"]),
-        ('[\n{"id": 1}\n{"id": 2}\n]', ["line 3", "expected ','"]),
-        ('[\n{"id": 1}\n]\nmore', ["line 4", "something follows the end"]),
-        ("[" * 100_000, ["nested too deeply"]),
-        ('{"a":' * 100_000, ["line 1", "nested too deeply"]),
-        ("", ["no usable row", "holds no rows"]),
-        ("[]", ["no usable row"]),
-        ('{"id": 1}\n', ["no usable row", "1 rows: a turn is missing or empty"]),
-    ],
-)
-def test_unreadable_files_end_in_one_line_and_leave_nothing(tmp_path, content, words):
-    path = tmp_path / "rows.json"
-    path.write_text(content)
-    with pytest.raises(SystemExit) as error:
-        prepare.main(["--dataset", str(path), "--output-dir", str(tmp_path / "out")])
-    for word in words:
-        assert word in error.value.code
-    assert "\n" not in error.value.code
-    assert not (tmp_path / "out").exists()
+UNREADABLE = [
+    ("rows.jsonl", '{"id": 1}\n\n{"id": 2\n{"id": 3}', "line 3 is no JSON"),
+    ("rows.json", '[\n{"id": 1},\n{"id": 2,,}\n]', "line 3"),
+    ("rows.json", "[" * 100_000, "recursion"),
+    ("rows.json", "[]", "no row of 0"),
+    ("rows.csv", "a,b\n1,2\n", "line 1 is no JSON"),
+    ("rows.jsonl.gz", "no gzip", "Not a gzipped file"),
+    ("rows.jsonl", '{"id": 1}\n' * 9, "no list of turns"),
+    ("absent.jsonl", None, "No such file"),
+    ("", None, "any data file"),  # a folder with none
+]
 
 
-def test_a_failed_run_leaves_the_earlier_splits(tmp_path):
-    write_rows(tmp_path / "rows.jsonl", [make_row(number) for number in range(10)])
-    prepare.main(["--dataset", str(tmp_path / "rows.jsonl"), "--output-dir", str(tmp_path / "out")])
-    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
-    write_rows(tmp_path / "bad.jsonl", [{"id": "x", "conversations": []}])
-    process = run_script(SCRIPT, "--dataset", "bad.jsonl", "--output-dir", "out", cwd=tmp_path)
-    assert_fails_in_one_line(process, "no usable row")
-    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+@pytest.mark.parametrize("name, content, words", UNREADABLE)
+def test_what_cannot_be_read_is_one_line_and_changes_nothing(tmp_path, name, content, words):
+    (tmp_path / "in").mkdir()
+    source, out = tmp_path / "in" / name, tmp_path / "out"
+    run(write_rows(tmp_path / "rows.jsonl", [turns(HI, HELLO)] * 5), out)
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    if content:
+        source.write_text(content)
+    with pytest.raises(SystemExit, match=f"^error: [^\n]*{words}[^\n]*$"):
+        prepare.main(["--dataset", str(source), "--output-dir", str(out)])
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
 
 
-def test_mistakes_in_the_arguments_are_named(tmp_path):
-    assert_fails_in_one_line(run_script(SCRIPT, "--dataset", "absent.jsonl", cwd=tmp_path), "absent.jsonl", "not found")
-    assert_fails_in_one_line(run_script(SCRIPT, "--dataset", ".", cwd=tmp_path), "a folder")
-    assert run_script(SCRIPT, "--test-size", "1.5", cwd=tmp_path).returncode == 2
-    write_rows(tmp_path / "rows.jsonl", [make_row(number) for number in range(10)])
-    process = run_script(SCRIPT, "--dataset", "rows.jsonl", "--revision", "v1", cwd=tmp_path)
-    assert process.returncode == 2 and "is a local file" in process.stderr
-    assert_fails_in_one_line(run_script(SCRIPT, "--dataset", "/dev/null", cwd=tmp_path), "/dev/null: a pipe or a device")
-
-
-def test_the_output_says_what_was_kept_and_what_to_run_next(tmp_path):
-    rows = [make_row(number) for number in range(10)] + [turns(("human", "Hi"))]
-    write_rows(tmp_path / "rows.jsonl", rows)
+def test_mistakes_on_the_command_line_end_in_one_line(tmp_path):
+    (tmp_path / "broken.parquet").write_text("no parquet")
+    process = run_script(SCRIPT, "--dataset", "broken.parquet", cwd=tmp_path)
+    assert_fails_in_one_line(process, "broken.parquet", "Parquet")
+    write_rows(tmp_path / "rows.jsonl", [make_row(number) for number in range(9)])
+    process = run_script(
+        SCRIPT, "--dataset", "rows.jsonl", "--output-dir", "rows.jsonl", cwd=tmp_path
+    )
+    assert_fails_in_one_line(process, "File exists: 'rows.jsonl'")
     process = run_script(SCRIPT, "--dataset", "rows.jsonl", cwd=tmp_path)
-    assert process.returncode == 0, process.stderr
-    assert "11 loaded, 10 kept" in process.stdout and "1: nothing for the model to say" in process.stdout
-    assert process.stdout.splitlines()[-1].endswith("python function_calling_train.py")
+    assert process.returncode == 0 and not process.stderr and "warning" not in process.stdout
+    assert process.stdout.endswith("python function_calling_train.py\n")
 
 
-@pytest.mark.parametrize("spell", [json.dumps, repr])
-def test_every_prefix_of_a_tool_call_is_read_without_an_exception(spell):
-    call = f"<tool_call>\n{spell({'name': 'f', 'arguments': {'a': [1, 2.5, True, None], 'b': {'c': 'd'}}})}\n</tool_call>"
-    for end in range(len(call) + 1):
-        assert prepare.called_names(call[:end]) in ([], [None], ["f"])
-    assert prepare.called_names(call) == ["f"]
+def test_the_summary_warns_where_tools_are_declared_and_no_turn_calls(tmp_path, capsys):
+    source = write_rows(tmp_path / "rows.jsonl", [turns(HI, HELLO, tools=[TOOL])] * 10)
+    _, info = run(source, tmp_path / "out", "--no-think-instruction")
+    *_, warning, last = capsys.readouterr().out.splitlines()
+    assert warning.startswith("warning: tools are declared but no turn calls one")
+    train_file = tmp_path / "out" / "function_calling_train.jsonl"
+    assert last.endswith(f'python function_calling_train.py --train-file "{train_file}"')
+    assert info["prompt"]["before_request"] == "\n\n"
+    assert info["test"]["same_first_user_turn_in_train"] == 2  # all ten rows are one
 
 
 @given(st.text() | st.text(alphabet="<tool_call>/{}[]'\":, \n\0"))
-def test_no_text_whatsoever_raises(text):
-    prepare.called_names(text)
-    prepare.called_names(f"<tool_call>{text}</tool_call>")
-    json.loads(prepare.find_tools({"tools": text}, text)[0])
-
-
-@pytest.mark.parametrize("declared", ["[{1, 2}]", "[b'x']", "[{(1, 2): 3}]", "[NaN]", "[0x" + "f" * 5000 + "]", [float("nan")]])
-def test_a_declaration_that_json_cannot_say_is_told_and_written_as_none(declared):
-    assert prepare.convert_row({**make_row(3), "tools": declared})[0]["tools"] == "[]"
-    assert prepare.convert_row({**make_row(3), "tools": declared})[1] is False
-
-
-def peak_memory(*arguments):
-    """Peak resident memory of a run of the script, in kB, as the kernel counts it for that process alone."""
-    code = (f"import sys; sys.path.insert(0, {str(ROOT)!r}); import prepare_function_calling_dataset as p; p.main(sys.argv[1:]); "
-            "print(next(line for line in open('/proc/self/status') if line.startswith('VmHWM')))")
-    process = subprocess.run([sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, check=True)
-    return int(process.stdout.split("VmHWM:")[1].split()[0])
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self/status")
-@pytest.mark.parametrize("layout", ["lines", "array"])
-def test_fifty_times_the_rows_cost_at_most_half_as_much_memory_again(tmp_path, layout):
-    peaks = []
-    for num_rows in (300, 15_000):
-        rows = [make_row(number) for number in range(num_rows)]
-        for row in rows:  # to the size of a real row
-            row["conversations"][1]["value"] += " please" * 250
-        path = tmp_path / f"rows_{num_rows}.json"
-        write_rows(path, rows) if layout == "lines" else path.write_text(json.dumps(rows))
-        del rows
-        peaks.append(peak_memory("--dataset", path, "--output-dir", tmp_path / "out"))
-    assert peaks[1] <= 1.5 * peaks[0]
-
-
-def test_a_file_where_the_folder_should_be_is_named_and_stays(tmp_path):
-    write_rows(tmp_path / "rows.jsonl", [make_row(number) for number in range(12)])
-    (tmp_path / "out").write_text("mine")
-    process = run_script(SCRIPT, "--dataset", "rows.jsonl", "--output-dir", "out", cwd=tmp_path)
-    assert_fails_in_one_line(process, "--output-dir out", "File exists")
-    assert (tmp_path / "out").read_text() == "mine"
+def test_no_text_whatsoever_raises_in_reading_calls(text):
+    for said in (text, f"<tool_call>{text}</tool_call>"):
+        messages = [{"role": "assistant", "content": said}]
+        prepare.find_faults({"messages": messages, "tools": "[]"})
+    prepare.read_tools(text, f"<tools>{text}</tools>")
