@@ -984,18 +984,21 @@ STYLES = {
 }
 
 
-def text_forms(rng, varied=False, styles=False):
+# How the answers are to be written: what the user says about it, what fills in a form that way, what shows the forms.
+Style = namedtuple("Style", "instruction fill_in show")
+
+
+def text_forms(rng, varied=False, style=Style("", fill_form, json.dumps)):
     """Forms as JSON schema and requests: find the form, copy the values, ask for what is missing, say that none fits."""
-    style = rng.choice(sorted(STYLES)) if styles else "form"
-    fill_in = functools.partial(fill_form, style=style)
+    fill_in = style.fill_in
     draw = draw_varied_form if varied else draw_form
     forms = [draw(rng) for _ in range(rng.choice([1, 2, 2, 2, 3, 3] if varied else [1, 1, 2, 2, 3]))]
     content = [write_form(rng, form) for form in forms]
     if varied and rng.random() < 0.7:  # nested, and in another order
         content = [{"kind": "form", "form": {"title": form.pop("title"), "description": form.pop("description"), "fields": form}} for form in content]
-    shown = json.dumps(content)
+    shown = style.show(content)
     start = rng.choice(["Here are our forms:\n{}\n\n", "Forms: {}\n", "You help with forms.\n{}\n", "These forms exist: {}. Fill them in as I say.\n\n"]).format(shown)
-    start += STYLES[style]
+    start += style.instruction
     exchanges = []
     for _ in range(rng.randint(1, 4)):
         form = rng.choice(forms)
@@ -1085,19 +1088,196 @@ def text_varied_forms(rng):
 
 
 def text_styled_forms(rng):
-    return text_forms(rng, varied=True, styles=True)
+    style = rng.choice(sorted(STYLES))
+    return text_forms(rng, varied=True, style=Style(STYLES[style], functools.partial(fill_form, style=style), json.dumps))
+
+
+# Markup and nested JSON, since Gemma has seen both: with other tag names than the dataset has.
+
+KEY_PAIRS = [("title", "values"), ("form", "fields"), ("kind", "content"), ("which", "entries"), ("id", "data"), ("action", "input"), ("type", "details")]
+
+
+def draw_tag(rng):
+    return rng.choice(["_", "_", "_", "-"]).join(rng.sample(rng.choice([EVERYDAY_WORDS, MORE_WORDS]), rng.choice([1, 1, 2, 2, 3])))
+
+
+def tagged(tag, body, on_lines=False):
+    return f"<{tag}>\n{body}\n</{tag}>" if on_lines else f"<{tag}>{body}</{tag}>"
+
+
+def draw_nested(rng, depth):
+    """Values with objects and lists of objects among them."""
+    values = values_of(draw_fields(rng, 1, 3))
+    for key in rng.sample(EVERYDAY_WORDS, rng.randint(1, 2) if depth else 0):
+        values[key] = draw_nested(rng, depth - 1) if rng.random() < 0.7 else [draw_nested(rng, 0) for _ in range(rng.randint(1, 3))]
+    return values
+
+
+def draw_item(rng):
+    """Something to be copied, often never seen before."""
+    return rng.choice([
+        invent_name(rng), make_code(rng), str(rng.randint(0, 9999)), rng.choice(SENTENCES), rng.choice(TASKS), " ".join(rng.sample(EVERYDAY_WORDS, 3)),
+        json.dumps(values_of(draw_fields(rng, 1, 3))), json.dumps(draw_nested(rng, 1)),
+    ])
+
+
+def indent(values, margin=""):
+    """Nested values line by line."""
+    lines = []
+    for key, value in values.items():
+        if isinstance(value, dict):
+            lines += [f"{margin}{key}:", indent(value, margin + "  ")]
+        elif isinstance(value, list) and isinstance(value[0], dict):
+            lines += [f"{margin}{key}:", *(f"{margin}- " + indent(item, margin + "  ").lstrip() for item in value)]
+        else:
+            lines.append(f"{margin}{key}: {spoken(value)}")
+    return "\n".join(lines)
+
+
+def text_tagged_forms(rng):
+    """Forms that stand in tags, or are to be filled in as nested JSON, mostly in tags."""
+    tag, shown_tag = draw_tag(rng), draw_tag(rng)
+    on_lines = rng.random() < 0.7
+    first, second = rng.choice([*KEY_PAIRS, rng.sample(EVERYDAY_WORDS, 2)])
+    what, make = rng.choice([
+        (f"an object with {first} and {second}", lambda title, values: {first: title, second: values}),
+        (f"an object with {first} and {second}", lambda title, values: {first: title, second: values}),
+        (f"an object with {second} and {first}", lambda title, values: {second: values, first: title}),
+        ("an object in which the title holds the values", lambda title, values: {title: values}),
+        (f"an object with {first}, which holds the title and {second}", lambda title, values: {first: {"title": title, second: values}}),
+        ("a list of the title and the values", lambda title, values: [title, values]),
+    ])
+    lines = rng.choice([", on lines of their own", ", each tag on its own line"]) if on_lines else ""
+    instruction, wrap = rng.choice([
+        (f"Write {what} in <{tag}> tags{lines}.\n", lambda title, text: tagged(tag, text, on_lines)),
+        (f"Answer with {what} between <{tag}> and </{tag}>{lines}.\n", lambda title, text: tagged(tag, text, on_lines)),
+        (f"Write each answer as {what}, in tags:\n{tagged(tag, '...', on_lines)}\n", lambda title, text: tagged(tag, text, on_lines)),
+        (f"Answer with {what}, in tags with the title as their name{lines}.\n", lambda title, text: tagged(title, text, on_lines)),
+        (f"Answer with {what}.\n", lambda title, text: text),
+    ])
+    show = rng.choice([json.dumps, lambda forms: tagged(shown_tag, json.dumps(forms), on_lines)])
+    if rng.random() < 0.1:
+        show = lambda forms: "\n".join(tagged(shown_tag, json.dumps(form), on_lines) for form in forms)
+    return text_forms(rng, varied=rng.random() < 0.7, style=Style(
+        instruction, lambda form, fields: wrap(form.title, json.dumps(make(form.title, values_of(fields)))), show))
+
+
+def text_blocks(rng):
+    """Blocks in tags: what stands in one, another name for its tags, the block again, all of it without tags."""
+    on_lines, sep = rng.random() < 0.5, rng.choice(["\n", "\n", "\n\n", " "])
+    tags = [draw_tag(rng) for _ in range(rng.randint(1, 4))]
+    if rng.random() < 0.3:
+        tags = tags[:1] * len(tags)
+    bodies = [draw_item(rng) for _ in tags]
+    blocks = [tagged(tag, body, on_lines) for tag, body in zip(tags, bodies)]
+    shown = rng.choice(["{}\n", "Look at this:\n{}\n", "{}\n\n"]).format(sep.join(blocks))
+    which, other = rng.randrange(len(tags)), draw_tag(rng)
+    place = ["first", "second", "third", "fourth"][which]
+    questions = [
+        (f"What stands in the {place} block?", bodies[which]),
+        (f"Copy the {place} block.", blocks[which]),
+        (f"Write the {place} block with <{other}> tags.", tagged(other, bodies[which], on_lines)),
+        ("Copy all of it.", sep.join(blocks)),
+        ("Write it without tags.", sep.join(bodies)),
+        ("How many blocks are there?", str(len(blocks))),
+        (f"Which tags does the {place} block have?", f"It stands in <{tags[which]}> tags."),
+        (f"Put all of it in <{other}> tags.", tagged(other, sep.join(blocks), True)),
+    ]
+    if tags.count(tags[which]) == 1:
+        questions += [(f"What stands between <{tags[which]}> and </{tags[which]}>?", bodies[which])] * 2
+    exchanges = rng.sample(questions, rng.randint(1, 3))
+    return [(shown + exchanges[0][0], exchanges[0][1]), *exchanges[1:]]
+
+
+def text_wrap(rng):
+    """Words, values or a list of them, to be put in tags."""
+    tag, on_lines = draw_tag(rng), rng.random() < 0.5
+    items = [draw_item(rng) for _ in range(rng.randint(1, 4))]
+    lines = rng.choice([", on lines of their own", ", each tag on its own line"]) if on_lines else ""
+    if len(items) > 1:
+        start, end = rng.choice([("Put each of these in", "tags"), ("One block for each in", "tags"), ("Wrap each line in", "tags")])
+        answer = "\n".join(tagged(tag, item, on_lines) for item in items)
+    else:
+        start, end = rng.choice([("Wrap this in", "tags"), ("Put this in", "tags"), ("Write this inside", "tags")])
+        answer = tagged(tag, items[0], on_lines)
+    return [(f"{start} <{tag}> {end}{lines}:\n" + "\n".join(items), answer)]
+
+
+def text_tagged_record(rng):
+    """A record whose values stand in tags, or that stands in tags as JSON: say it, write it the other way, answer questions."""
+    tag, on_lines, told = draw_tag(rng), rng.random() < 0.6, rng.random() < 0.25
+    exchanges = [(f"I send you records in <{tag}> tags. Tell me what stands in them.", "Yes. Send me the first one.")] if told else []
+    for _ in range(rng.randint(1, 3) if told else 1):
+        fields = draw_fields(rng, 1, 4)
+        values = values_of(fields)
+        as_json = tagged(tag, json.dumps(values), on_lines)
+        as_tags = tagged(tag, "\n".join(tagged(name, spoken(value)) for name, value in values.items()), True)
+        shown = rng.choice([as_json, as_tags])
+        sentences = " ".join(f"The {name.replace('_', ' ')} is {spoken(value)}." for name, value in values.items())
+        if told:
+            exchanges.append((shown, sentences))
+            continue
+        facts = ", ".join(f"the {name.replace('_', ' ')} is {spoken(value)}" for name, value in values.items())
+        plain = "\n".join(f"{name}: {spoken(value)}" for name, value in values.items())
+        lines = ", on lines of their own" if on_lines else ""
+        name = rng.choice(list(values))
+        words = name.replace("_", " ")
+        exchanges.append(rng.choice([
+            (f"{shown}\nWhat is the {words}?", f"The {words} is {spoken(values[name])}."),
+            (f"{shown}\nGive me the {words} only, in its own tags.", tagged(name, spoken(values[name]))),
+            (f"{shown}\nTell me all of it.", sentences),
+            (f"{as_tags}\nWrite this as JSON.", json.dumps(values)),
+            (f"{as_tags}\nWrite this as JSON in <{tag}> tags{lines}.", as_json),
+            (f"{as_json}\nWrite each value in tags.", as_tags),
+            (f"Write this as JSON inside <{tag}> tags{lines}: {facts}.", as_json),
+            (f"Write this as JSON inside <{tag}> tags{lines}:\n{plain}", as_json),
+            (f"Write each value in tags, and all of it in <{tag}> tags:\n{plain}", as_tags),
+        ]))
+    return exchanges
+
+
+def text_nested(rng):
+    """Nested JSON, at times in tags: write it from lines, copy it, change it, answer from it."""
+    values = draw_nested(rng, rng.choice([1, 1, 2]))
+    record = json.dumps(values)
+    tag, on_lines = draw_tag(rng), rng.random() < 0.7
+    inside, wrap = "", lambda text: text
+    if rng.random() < 0.5:
+        inside = f" in <{tag}> tags" + (", on lines of their own" if on_lines else "")
+        wrap = lambda text: tagged(tag, text, on_lines)
+    key = rng.choice(list(values))
+    first, second = rng.choice([*KEY_PAIRS, rng.sample(EVERYDAY_WORDS, 2)])
+    title, parts = rng.choice([invent_name(rng), "_".join(rng.sample(EVERYDAY_WORDS, 2))]), [values_of(draw_fields(rng, 1, 2)) for _ in range(rng.randint(2, 3))]
+    said = "; ".join(", ".join(f"{name} {spoken(value)}" for name, value in part.items()) for part in parts)
+    return [rng.choice([
+        (f"Write this as JSON{inside}:\n{indent(values)}", wrap(record)),
+        (f"Write this as JSON{inside}:\n{indent(values)}", wrap(record)),
+        (f"{record}\nWrite this line by line.", indent(values)),
+        (f"{record}\nCopy this{inside}.", wrap(record)),
+        (f"{record}\nWhat stands under {key}? Answer in JSON{inside}.", wrap(json.dumps(values[key]))),
+        (f"{record}\nPut this under {second}, beside the {first} {title}{inside}.", wrap(json.dumps({first: title, second: values}))),
+        (f"An object with the {first} {title} and the {second}{inside}: {said.replace('; ', ', ')}.",
+         wrap(json.dumps({first: title, second: {name: value for part in parts for name, value in part.items()}}))),
+        (f"A list of objects under {second}{inside}: {said}.", wrap(json.dumps({second: parts}))),
+    ])]
 
 
 TEXTS = [(text_forms, 11), (text_record, 3), (text_to_json, 4), (text_copy, 3), (text_chat, 3)]
 MORE_TEXTS = [(text_varied_forms, 16), *TEXTS]
 LAST_TEXTS = [(text_styled_forms, 30), *TEXTS]
+MARKUP_TEXTS = [(text_tagged_forms, 26), (text_blocks, 7), (text_wrap, 4), (text_tagged_record, 8), (text_nested, 7), *LAST_TEXTS]
 
 
 def general_text(seed, texts=TEXTS):
-    """Yield conversations without end, the same ones for the same seed; none of them names a tool of the test split."""
+    """Yield conversations without end, the same ones for the same seed.
+
+    None of them holds one of the dataset's tags, the form of a call, or the name of a tool of the test split.
+    """
     rng = random.Random(seed)
     kinds, weights = zip(*texts)
-    held_back = re.compile(rf"\b({'|'.join(sorted(TEST_ONLY))})\b")
+    held_back = re.compile(
+        rf"\b({'|'.join(sorted(TEST_ONLY))}|tool_call|tool_response)\b|</?(tools|think)>"
+        r"""|"(name|arguments)": .*"(?!\3)(name|arguments)": """, re.DOTALL)
     while True:
         conversation = rng.choices(kinds, weights)[0](rng)
         if not any(held_back.search(text) for exchange in conversation for text in exchange):
@@ -1207,7 +1387,7 @@ def make_batch(tokenizer, conversations, num_rows, length):
 # What the model is taught, one course after the other: number of steps, peak of the learning rate, share of the steps with short
 # rows, and texts. Copying is found soonest where what is copied is near, so it begins with short rows.
 Course = namedtuple("Course", "num_steps learning_rate share_of_short_rows texts")
-COURSES = [Course(5000, 6e-3, 0.24, TEXTS), Course(1700, 3e-3, 0.0, MORE_TEXTS), Course(1200, 3e-3, 0.0, LAST_TEXTS)]
+COURSES = [Course(5000, 6e-3, 0.24, TEXTS), Course(1700, 3e-3, 0.0, MORE_TEXTS), Course(1200, 3e-3, 0.0, LAST_TEXTS), Course(1800, 3e-3, 0.0, MARKUP_TEXTS)]
 SHORT_ROWS, LONG_ROWS = (16, 256), (8, 640)  # rows of a batch, tokens of a row
 WARMUP_STEPS = 100
 CHECKPOINT_STEPS = 200
@@ -1233,6 +1413,7 @@ def train_model(folder, seed, resume):
     torch.manual_seed(seed)
     tokenizer = build_tokenizer(seed)
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    multiplies_in_bf16 = device == "cuda" or torch.cpu.get_capabilities().get("avx512_bf16", False)  # else it is emulated, and slow
     model = build_model(tokenizer).to(device)
     if checkpoint:
         model.load_state_dict(checkpoint["model"])
@@ -1259,7 +1440,7 @@ def train_model(folder, seed, resume):
         shape = SHORT_ROWS if step < course.share_of_short_rows * course.num_steps else LONG_ROWS
         ids, said = make_batch(tokenizer, general_text(f"{seed}-{number}", course.texts), *shape)
         ids, said = ids.to(device), said[:, 1:].to(device)
-        with torch.autocast(device, torch.bfloat16):
+        with torch.autocast(device, torch.bfloat16, enabled=multiplies_in_bf16):
             hidden = transformer(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
             logits = model.lm_head(hidden[said])
         loss = torch.nn.functional.cross_entropy(logits.float(), ids[:, 1:][said])
