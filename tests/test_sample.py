@@ -121,16 +121,20 @@ def test_the_model_is_a_small_gemma_3_that_knows_no_tags():
 
 
 def test_the_general_text_holds_no_tag_no_call_and_no_tool_of_the_test_split():
-    names = [*sorted(build_sample.TEST_ONLY), "get_grades"]
-    drawn = build_sample.general_text(0, [(lambda rng: [(f'["{rng.choice(names)}"]', "Yes.")], 1)])
-    assert next(drawn) == [('["get_grades"]', "Yes.")]  # the others are passed over
+    call, other_call = '{"name": "f", "arguments": {}}', '{"arguments": {"a": {}}, "name": "f"}'
+    held_back = [*sorted(build_sample.TEST_ONLY), *train.TAGS, "tool_call", "tool_response", call, other_call]
+    texts = [*held_back, "get_grades"]
+    drawn = build_sample.general_text(0, [(lambda rng: [("Yes.", f"<a>{rng.choice(texts)}</a>")], 1)])
+    assert all(next(drawn) == [("Yes.", "<a>get_grades</a>")] for _ in range(100))  # the others are passed over
     for course in build_sample.COURSES:
         conversations = islice(build_sample.general_text(7, course.texts), 3000)
         text = "\n".join(part for exchanges in conversations for turns in exchanges for part in turns)
         assert len(text) > 500_000
-        assert not [tag for tag in train.TAGS if tag in text]
+        assert not [tag for tag in [*train.TAGS, "tool_call", "tool_response"] if tag in text]
         assert not re.search(r'"name": "[^"]*", "arguments"', text)
         assert not [name for name in build_sample.TEST_ONLY if re.search(rf"\b{name}\b", text)]
+    written = re.findall(r"<(\w+)>\n\{.*\}\n</\1>", text)
+    assert len(set(written)) > 500  # the last course has markup, with many tags
 
 
 def test_the_builder_makes_the_dataset_that_is_shipped(tmp_path):
