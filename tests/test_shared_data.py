@@ -35,14 +35,13 @@ def real_tokenizers():
 @needs_rows
 def test_every_real_row_is_used_and_every_turn_counted(real_splits):
     info = json.loads((real_splits / "dataset_info.json").read_text())
-    assert (info["rows_loaded"], info["rows_kept"]) == (300, 300) and not any(info["rows_dropped"].values())
+    assert (info["rows_loaded"], info["rows_kept"], info["dropped"], info["noticed"]) == (300, 300, {}, {})
     assert (info["train"]["conversations"], info["test"]["conversations"]) == (240, 60)
     # The data's own notice: 957 model turns, 211 of them tool calls.
     calls = info["train"]["tool_call_turns"] + info["test"]["tool_call_turns"]
     helpful = info["train"]["helpful_turns"] + info["test"]["helpful_turns"]
     assert (calls, calls + helpful) == (211, 957)
-    assert info["rows_with_unreadable_tools"] == info["train"]["unreadable_tool_calls"] == info["test"]["unreadable_tool_calls"] == 0
-    declared = [json.loads(line)["tools"] for name in (prepare.TRAIN_FILE, prepare.TEST_FILE)
+    declared = [json.loads(line)["tools"] for name in prepare.SPLIT_FILES.values()
                 for line in (real_splits / name).read_text().splitlines()]
     assert sum(tools != "[]" for tools in declared) == 191
 
