@@ -1,20 +1,17 @@
 """Make the sample anew from a seed: a small function-calling dataset, and a small Gemma 3 that
-cannot call functions yet.
+cannot call functions yet. What their texts are made of is in build_sample.json.
 
     python sample/build_sample.py                  # both: some 90 minutes on two cores
     python sample/build_sample.py --resume         # go on with an interrupted model
     python sample/build_sample.py --only dataset   # seconds
 
-hermes_sample.json holds conversations of our own making in the row layout of
-NousResearch/hermes-function-calling-v1. Some of its tools stand only in rows that step 1, with its
-own seed, draws for the test split.
+hermes_sample.json has the row layout of NousResearch/hermes-function-calling-v1. Some of its tools
+stand only in rows that step 1, with its own seed, draws for the test split.
 
-tiny-gemma-3/ is a Gemma 3 text model trained on general text of our own making: it reads requests,
-copies values, fills in forms, writes JSON and markup, and chats in Gemma's turns. It never saw one
-of the dataset's tags, the form of a call, or one of those tools: it stands where an
-instruction-tuned Gemma stands.
-
-What the texts are made of, words and phrases, kinds of values and tools, is in build_sample.json.
+tiny-gemma-3/ is a Gemma 3 text model trained on general text: it reads requests, copies values,
+fills in forms, writes JSON and markup, and chats in Gemma's turns. It never saw one of the
+dataset's tags, the form of a call, or one of those tools: it stands where an instruction-tuned
+Gemma stands.
 """
 
 import argparse
@@ -24,7 +21,6 @@ import random
 import re
 import shutil
 import sys
-import time
 from collections import namedtuple
 from functools import partial
 from itertools import islice
@@ -56,8 +52,7 @@ def pick(rng, name, /, *values, **named_values):
 
 def pick_exchange(rng, name, /, **values):
     """What the user and the model say, of a list of the data."""
-    question, answer = rng.choice(EXCHANGES[name])
-    return question.format(**values), answer.format(**values)
+    return tuple(text.format(**values) for text in rng.choice(EXCHANGES[name]))
 
 
 def invent_name(rng):
@@ -113,9 +108,8 @@ def draw(rng, kind):
 
 def spoken(value):
     """A value as one says it in a sentence."""
-    if isinstance(value, list):
-        return ", ".join(str(item) for item in value[:-1]) + f" and {value[-1]}"
-    return str(value)
+    items = [str(item) for item in value] if isinstance(value, list) else [str(value)]
+    return " and ".join([", ".join(items[:-1]), items[-1]] if items[1:] else items)
 
 
 def capitalize(text):
@@ -137,31 +131,28 @@ def mend_articles(text):
 # the dataset's chats, as Gemma is in those of the published one.
 
 
-def chat_about(rng, kind):
-    texts = DATA["chats"][kind]
-    values = {name: draw_text(rng, text) for name, text in texts.get("values", {}).items()}
-    if kind == "fact":
-        values = rng.choice(DATA["facts"])
-    elif kind == "list":
-        name = rng.choice(["foods", "products", "first_names", "topics", "rooms", "colors"])
-        items = rng.sample(LISTS[name], rng.randint(3, 4))
-        values = {"said": spoken(items), "lines": "\n".join(f"- {item}" for item in items)}
-    elif kind == "compare":
-        pair = rng.sample(range(2, 999), 2)
-        values = {"pair": pair, "larger": max(pair), "smaller": min(pair)}
-    elif kind == "belongings":
-        names, things = rng.sample(LISTS["first_names"], 3), rng.sample(LISTS["products"], 3)
-        which = rng.randrange(3)
-        known = "".join(f"{names[i]} has a {things[i]}. " for i in range(3))
-        values = {"known": known, "name": names[which], "thing": things[which]}
-    question = rng.choice(texts["questions"]).format(**values)
-    return question, "".join(texts["answer"]).format(**values)
-
-
 def chat(rng):
     """[(what the user says, what the model says), ...]"""
-    kinds = rng.sample(["fact", *DATA["chats"]], rng.randint(1, 3))
-    exchanges = [chat_about(rng, kind) for kind in kinds]
+    exchanges = []
+    for kind in rng.sample(["fact", *DATA["chats"]], rng.randint(1, 3)):
+        texts = DATA["chats"][kind]
+        values = {name: draw_text(rng, text) for name, text in texts.get("values", {}).items()}
+        if kind == "fact":
+            values = rng.choice(DATA["facts"])
+        elif kind == "list":
+            name = rng.choice(["foods", "products", "first_names", "topics", "rooms", "colors"])
+            items = rng.sample(LISTS[name], rng.randint(3, 4))
+            values = {"said": spoken(items), "lines": "\n".join(f"- {item}" for item in items)}
+        elif kind == "compare":
+            pair = rng.sample(range(2, 999), 2)
+            values = {"pair": pair, "larger": max(pair), "smaller": min(pair)}
+        elif kind == "belongings":
+            names, things = rng.sample(LISTS["first_names"], 3), rng.sample(LISTS["products"], 3)
+            which = rng.randrange(3)
+            known = "".join(f"{names[i]} has a {things[i]}. " for i in range(3))
+            values = {"known": known, "name": names[which], "thing": things[which]}
+        question = rng.choice(texts["questions"]).format(**values)
+        exchanges.append((question, "".join(texts["answer"]).format(**values)))
     if rng.random() < 0.2:
         exchanges.append((pick(rng, "thanks"), DATA["welcome"]))
     return exchanges
@@ -193,10 +184,7 @@ COMPUTED = {
 
 def declare(tool):
     """The declaration of a tool, as JSON schema."""
-    properties = {}
-    for name, kind in tool["parameters"].items():
-        description = {"description": TOOL_KINDS[kind]["description"]}
-        properties[name] = TOOL_KINDS[kind]["schema"] | description
+    properties = {name: TOOL_KINDS[kind]["schema"] for name, kind in tool["parameters"].items()}
     parameters = {"type": "object", "properties": properties, "required": tool["required"]}
     function = {"name": tool["name"], "description": tool["description"], "parameters": parameters}
     return {"type": "function", "function": function}
@@ -243,8 +231,7 @@ def exchange(rng, kind, declared, others):
     tool = rng.choice(declared)
     if kind == "no tool":
         can_do = [tool["description"][0].lower() + tool["description"][1:] for tool in declared]
-        can_do = spoken(can_do) if len(can_do) > 1 else can_do[0]
-        sorry = f"I'm sorry, but I have no function for that. I can only {can_do}."
+        sorry = f"I'm sorry, but I have no function for that. I can only {spoken(can_do)}."
         return [("human", ask_for(rng, rng.choice(others))[0]), ("gpt", sorry)]
     if kind == "question":
         text, arguments, name = ask_for(rng, tool, leave_out=True)
@@ -265,17 +252,6 @@ def exchange(rng, kind, declared, others):
     return turns + call_and_answer(rng, calls)
 
 
-def tool_turns(rng, main_tool, declared, others):
-    turns = []
-    for kind in rng.choice(DATA["rows"]):
-        about_main = not turns and kind in ("call", "question")
-        turns += exchange(rng, kind, [main_tool] if about_main else declared, others)
-    turns[0] = "human", pick(rng, "greetings") + turns[0][1]
-    if rng.random() < 0.2:
-        turns += [("human", pick(rng, "thanks")), ("gpt", DATA["welcome"])]
-    return turns
-
-
 def make_row(rng, number, tools, main_tool):
     """A row about `main_tool`, which stands among others of `tools`; None makes a chat."""
     if main_tool is None:
@@ -288,7 +264,14 @@ def make_row(rng, number, tools, main_tool):
         rng.shuffle(others)
         num_others = rng.choice([0, 0, 0, 0, 0, 1, 1, 1, 2])
         declared = [main_tool, *others[:num_others]]
-        turns = tool_turns(rng, main_tool, declared, others[num_others:])
+        turns = []
+        for kind in rng.choice(DATA["rows"]):
+            about_main = not turns and kind in ("call", "question")
+            shown = [main_tool] if about_main else declared
+            turns += exchange(rng, kind, shown, others[num_others:])
+        turns[0] = "human", pick(rng, "greetings") + turns[0][1]
+        if rng.random() < 0.2:
+            turns += [("human", pick(rng, "thanks")), ("gpt", DATA["welcome"])]
         rng.shuffle(declared)
         shown = json.dumps([declare(tool) for tool in declared])
         system_text = "".join(DATA["system_text"]).format(tools=shown)
@@ -309,14 +292,12 @@ def build_dataset(path, seed):
     rng = random.Random(seed)
     rows = []
     for number in range(NUM_ROWS):
-        tools, main_tools = train_tools, train_tools
-        if number in test_rows:
-            tools, main_tools = TOOLS, rng.choice([train_tools, test_tools])
+        is_test = number in test_rows
+        main_tools = rng.choice([train_tools, test_tools]) if is_test else train_tools
         main_tool = rng.choice(main_tools) if rng.random() < 0.82 else None
-        rows.append(json.dumps(make_row(rng, number, tools, main_tool), ensure_ascii=False))
-    unfinished = path.with_name(path.name + ".unfinished")
-    unfinished.write_text("[\n" + ",\n".join(rows) + "\n]\n", encoding="utf-8")
-    os.replace(unfinished, path)
+        row = make_row(rng, number, TOOLS if is_test else train_tools, main_tool)
+        rows.append(json.dumps(row, ensure_ascii=False))
+    path.write_text("[\n" + ",\n".join(rows) + "\n]\n", encoding="utf-8")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -327,11 +308,10 @@ def build_dataset(path, seed):
 def draw_value(rng, kind):
     """A value of a kind; often an invented name, so that copying is learned and not names."""
     value = draw(rng, kind)
-    if kind.get("is_name") and rng.random() < 0.6:
-        if isinstance(value, list):
-            return [invent_name(rng) for _ in value]
-        return " ".join(invent_name(rng) for _ in value.split())
-    return value
+    if not kind.get("is_name") or rng.random() >= 0.6:
+        return value
+    names = [invent_name(rng) for _ in (value if isinstance(value, list) else value.split())]
+    return names if isinstance(value, list) else " ".join(names)
 
 
 def draw_fields(rng, low, high):
@@ -353,10 +333,6 @@ def in_words(name):
 def facts_of(values):
     """["the city is Rome", ...]"""
     return [f"the {in_words(name)} is {spoken(value)}" for name, value in values.items()]
-
-
-def sentences_of(values):
-    return " ".join(f"{capitalize(fact)}." for fact in facts_of(values))
 
 
 def lines_of(values, margin=""):
@@ -409,9 +385,9 @@ def write_form(rng, form):
     """The title and the description of a form, and its fields as JSON schema."""
     properties = {}
     for name, kind in form.kinds.items():
-        is_described = name not in KINDS or rng.random() < 0.8
-        description = {"description": kind["description"]} if is_described else {}
-        properties[name] = kind["schema"] | description
+        properties[name] = dict(kind["schema"])
+        if name in KINDS and rng.random() >= 0.8:
+            del properties[name]["description"]
     head = {"title": form.title, "description": form.description}
     return head, {"type": "object", "properties": properties, "required": form.required}
 
@@ -449,11 +425,8 @@ def fill_in_as(template, title, values):
 def form_exchanges(rng, forms, varied, fill_in):
     """Something is asked of the forms: a value is missing, none fits, or it takes one or two."""
     form = rng.choice(forms)
-    values = {
-        name: value
-        for name, value in form.values.items()
-        if name in form.required or rng.random() < 0.5
-    }
+    said = [name for name in form.values if name in form.required or rng.random() < 0.5]
+    values = {name: form.values[name] for name in said}
     chance, answer = rng.random(), fill_in(form.title, values)
     if chance < 0.12:
         other = draw_form(rng, varied)
@@ -477,8 +450,7 @@ PLAIN_STYLE = ["", "Form {title}\n{record}"]
 
 
 def text_forms(rng, varied=False, style=PLAIN_STYLE, fill_in=fill_in_as, show=json.dumps):
-    """Forms, written by `show`, and requests, answered by `fill_in` in a style: its instruction
-    and its template."""
+    """Forms, and requests that are answered in a style: its instruction, its template."""
     num_forms = rng.choice([1, 2, 2, 2, 3, 3] if varied else [1, 1, 2, 2, 3])
     forms = [draw_form(rng, varied) for _ in range(num_forms)]
     written = [write_form(rng, form) for form in forms]
@@ -495,10 +467,6 @@ def text_forms(rng, varied=False, style=PLAIN_STYLE, fill_in=fill_in_as, show=js
     return after(start, exchanges)
 
 
-def text_styled_forms(rng):
-    return text_forms(rng, True, rng.choice(EXCHANGES["form_styles"]))
-
-
 def text_record(rng):
     """A record in JSON and questions about it."""
     kinds, values = draw_fields(rng, 2, 5)
@@ -508,7 +476,9 @@ def text_record(rng):
         other = spoken(draw_value(rng, kinds[name]))
         exchanges.append(pick_exchange(rng, "record", **said, other=other))
     if rng.random() < 0.4:
-        exchanges = [("Tell me all of it.", sentences_of(values))]
+        exchanges = [
+            ("Tell me all of it.", " ".join(f"{capitalize(fact)}." for fact in facts_of(values)))
+        ]
     return after(json.dumps(values) + "\n", exchanges)
 
 
@@ -548,10 +518,9 @@ def draw_nested(rng, depth):
     """Values with objects and lists of objects among them."""
     values = draw_fields(rng, 1, 3)[1]
     for key in rng.sample(EVERYDAY_WORDS, rng.randint(1, 2) if depth else 0):
-        if rng.random() < 0.7:
-            values[key] = draw_nested(rng, depth - 1)
-        else:
-            values[key] = [draw_nested(rng, 0) for _ in range(rng.randint(1, 3))]
+        is_list = rng.random() >= 0.7
+        inner = [draw_nested(rng, 0) for _ in range(rng.randint(1, 3))] if is_list else None
+        values[key] = inner or draw_nested(rng, depth - 1)
     return values
 
 
@@ -619,7 +588,10 @@ def text_tagged_record(rng):
         values = draw_fields(rng, 1, 4)[1]
         said = {"tag": tag, "lines": ", on lines of their own" if on_lines else ""}
         said |= {"record": json.dumps(values), "plain": lines_of(values)}
-        said |= {"facts": ", ".join(facts_of(values)), "sentences": sentences_of(values)}
+        said |= {
+            "facts": ", ".join(facts_of(values)),
+            "sentences": " ".join(f"{capitalize(fact)}." for fact in facts_of(values)),
+        }
         parts = [tagged(name, spoken(value)) for name, value in values.items()]
         said["as_json"] = tagged(tag, said["record"], on_lines)
         said["as_tags"] = tagged(tag, "\n".join(parts), True)
@@ -657,16 +629,15 @@ def text_nested(rng):
 
 
 TEXTS = [(text_forms, 11), (text_record, 3), (text_to_json, 4), (text_copy, 3), (chat, 3)]
-MORE_TEXTS = [(partial(text_forms, varied=True), 16), *TEXTS]
-LAST_TEXTS = [(text_styled_forms, 30), *TEXTS]
+MORE_TEXTS = [(lambda rng: text_forms(rng, varied=True), 16), *TEXTS]
+LAST_TEXTS = [(lambda rng: text_forms(rng, True, rng.choice(EXCHANGES["form_styles"])), 30), *TEXTS]
 MARKUP_TEXTS = [(text_tagged_forms, 26), (text_blocks, 7), (text_wrap, 4)]
 MARKUP_TEXTS += [(text_tagged_record, 8), (text_nested, 7), *LAST_TEXTS]
 
 # The dataset's tags, tools of the test split, and a name beside arguments, as in a call.
 HELD_BACK = re.compile(
-    rf"</?(tools|think)>|\b({'|'.join(sorted(TEST_ONLY))}|tool_call|tool_response)\b"
-    r'|"(?P<key>name|arguments)": .*"(?!(?P=key))(name|arguments)": ',
-    re.DOTALL,
+    rf"(?s)</?(tools|think)>|\b({'|'.join(sorted(TEST_ONLY))}|tool_call|tool_response)\b"
+    r'|"(?P<key>name|arguments)": .*"(?!(?P=key))(name|arguments)": '
 )
 
 
@@ -683,10 +654,7 @@ def general_text(seed, texts=TEXTS):
 # --------------------------------------------------------------------------------------------------
 # The model
 
-CONTROL_TOKENS = ["<pad>", "<eos>", "<bos>", "<unk>"]
 UNUSED_SLOTS = [f"<unused{number}>" for number in range(16)]
-TURN_MARKS = ["<start_of_turn>", "<end_of_turn>"]
-NUM_PIECES = 3072
 
 # What may merge into one piece: a word with the space before it, unless it is capitalized, since
 # names and numbers must look the same in a sentence and in JSON; one digit; a run of punctuation,
@@ -701,19 +669,25 @@ def build_tokenizer(seed):
     to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, to_bytes])
     tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    special = [
+        "<pad>",
+        "<eos>",
+        "<bos>",
+        "<unk>",
+        *UNUSED_SLOTS,
+        "<start_of_turn>",
+        "<end_of_turn>",
+    ]
     trainer = trainers.BpeTrainer(
-        vocab_size=NUM_PIECES,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-        special_tokens=CONTROL_TOKENS + UNUSED_SLOTS + TURN_MARKS,
+        vocab_size=3072, initial_alphabet=alphabet, special_tokens=special, show_progress=False
     )
     talks = islice(general_text(seed), 30_000)
     texts = [text for talk in talks for exchange in talk for text in exchange]
     words = EVERYDAY_WORDS + LISTS["form_nouns"]  # all of them become whole tokens
     texts += [f'a {word} "{word}"' for word in words] * 100
     tokenizer.train_from_iterator(texts, trainer)
-    # The slots are added tokens, but not special ones: once they are used, decoded text must show
-    # them.
+    # The slots are added tokens, but not special ones: once used, decoded text must show them.
     definition = json.loads(tokenizer.to_str())
     for token in definition["added_tokens"]:
         token["special"] = token["content"] not in UNUSED_SLOTS
@@ -739,14 +713,13 @@ def build_model(tokenizer):
 
 def encode(tokenizer, exchanges):
     """(token ids, whether the model says each) of a conversation in Gemma's turns."""
-    start, end = tokenizer.convert_tokens_to_ids(TURN_MARKS)
-    *roles, new_line = tokenizer(["user\n", "model\n", "\n"], add_special_tokens=False)["input_ids"]
     ids, said = [tokenizer.bos_token_id], [False]
-    texts = [text for exchange in exchanges for text in exchange]
-    for turn, pieces in enumerate(tokenizer(texts, add_special_tokens=False)["input_ids"]):
-        before, by_model = [start, *roles[turn % 2]], turn % 2 == 1
-        ids += before + pieces + [end] + new_line
-        said += [False] * len(before) + [by_model] * (len(pieces) + 1) + [False]
+    for question, answer in exchanges:
+        before = f"<start_of_turn>user\n{question}<end_of_turn>\n<start_of_turn>model\n"
+        turns = tokenizer([before, f"{answer}<end_of_turn>", "\n"], add_special_tokens=False)
+        for pieces, by_model in zip(turns["input_ids"], [False, True, False], strict=True):
+            ids += pieces
+            said += [by_model] * len(pieces)
     return ids, said
 
 
@@ -762,9 +735,8 @@ def make_batch(tokenizer, conversations, num_rows, length):
         row[0].extend(pieces)
         row[1].extend(by_model)
     ids = [ids + [tokenizer.pad_token_id] * (length - len(ids)) for ids, _ in rows]
-    return torch.tensor(ids), torch.tensor(
-        [said + [False] * (length - len(said)) for _, said in rows]
-    )
+    said = [said + [False] * (length - len(said)) for _, said in rows]
+    return torch.tensor(ids), torch.tensor(said)
 
 
 # What the model is taught, one course after the other: number of steps, peak of the learning rate,
@@ -778,8 +750,7 @@ COURSES = [
     Course(1800, 3e-3, 0.0, MARKUP_TEXTS),
 ]
 SHORT_ROWS, LONG_ROWS = (16, 256), (8, 640)  # rows of a batch, tokens of a row
-WARMUP_STEPS = 100
-CHECKPOINT_STEPS = 200
+WARMUP_STEPS, CHECKPOINT_STEPS = 100, 200
 
 
 def make_optimizers(model, rate):
@@ -798,16 +769,13 @@ def train_model(folder, seed, resume):
     200 steps a checkpoint is left beside `folder`. Each step makes its text from a seed of its own,
     so that a resumed run sees what it would have seen.
     """
-    checkpoint_path = folder.with_name(f"{folder.name}-checkpoint.pt")
-    unfinished_path = folder.with_name(f"{folder.name}-checkpoint.pt.unfinished")
-    checkpoint = None
-    if checkpoint_path.exists():
-        start = f"error: {checkpoint_path} is of an unfinished run"
-        if not resume:
-            sys.exit(f"{start}: --resume goes on with it; remove it to start anew")
-        checkpoint = torch.load(checkpoint_path, weights_only=True)
-        if checkpoint["seed"] != seed:
-            sys.exit(f"{start} that belongs to --seed {checkpoint['seed']}")
+    path = folder.with_name(f"{folder.name}-checkpoint.pt")
+    unfinished = folder.with_name(f"{folder.name}-checkpoint.pt.unfinished")
+    checkpoint = torch.load(path, weights_only=True) if path.exists() else None
+    if checkpoint and not resume:
+        sys.exit(f"error: {path} is unfinished: --resume goes on with it; remove it to start anew")
+    if checkpoint and checkpoint["seed"] != seed:
+        sys.exit(f"error: {path} belongs to --seed {checkpoint['seed']}: repeat it, or remove it")
     torch.manual_seed(seed)
     tokenizer = build_tokenizer(seed)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -816,12 +784,10 @@ def train_model(folder, seed, resume):
     model = build_model(tokenizer).to(device)
     if checkpoint:
         model.load_state_dict(checkpoint["model"])
-    transformer = model.model
-    if sys.platform == "linux" and shutil.which("g++"):  # half as fast again
-        transformer = torch.compile(model.model, dynamic=False)
+    compiles = sys.platform == "linux" and shutil.which("g++")  # half as fast again
+    transformer = torch.compile(model.model, dynamic=False) if compiles else model.model
     steps = [(course, step) for course in COURSES for step in range(course.num_steps)]
     first_step = checkpoint["step"] if checkpoint else 0
-    start = time.monotonic()
     for number, (course, step) in enumerate(steps[first_step:], first_step):
         if step == 0 or number == first_step:
             optimizers = make_optimizers(model, course.learning_rate)
@@ -845,16 +811,15 @@ def train_model(folder, seed, resume):
             optimizer.step()
             optimizer.zero_grad()
         if (number + 1) % 100 == 0:
-            done, seconds = f"step {number + 1:,} of {len(steps):,}", time.monotonic() - start
-            print(f"{done}: loss {loss.item():.3f}, {seconds:,.0f} s", flush=True)
+            print(f"step {number + 1:,} of {len(steps):,}: loss {loss.item():.3f}", flush=True)
         if (number + 1) % CHECKPOINT_STEPS == 0:
             states = [optimizer.state_dict() for optimizer in optimizers]
             state = {"seed": seed, "step": number + 1, "model": model.state_dict()}
-            torch.save(state | {"optimizers": states}, unfinished_path)
-            os.replace(unfinished_path, checkpoint_path)
+            torch.save(state | {"optimizers": states}, unfinished)
+            os.replace(unfinished, path)
     model.cpu().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    checkpoint_path.unlink(missing_ok=True)
+    path.unlink(missing_ok=True)
 
 
 def main():
