@@ -6,17 +6,14 @@ cannot call functions yet. What their texts are made of is in build_sample.json.
     python sample/build_sample.py --only dataset   # seconds
 
 hermes_sample.json has the row layout of NousResearch/hermes-function-calling-v1. Some of its tools
-stand only in rows that step 1, with its own seed, draws for the test split.
-
-tiny-gemma-3/ is a Gemma 3 text model trained on general text: it reads requests, copies values,
-fills in forms, writes JSON and markup, and chats in Gemma's turns. It never saw one of the
-dataset's tags, the form of a call, or one of those tools: it stands where an instruction-tuned
-Gemma stands.
+stand only in rows that step 1, with its own seed, draws for the test split. tiny-gemma-3/ is a
+Gemma 3 text model trained on general text: it reads requests, copies values, fills in forms, writes
+JSON and markup, and chats in Gemma's turns. It never saw one of the dataset's tags, the form of a
+call, or one of those tools: it stands where an instruction-tuned Gemma stands.
 """
 
 import argparse
 import json
-import os
 import random
 import re
 import shutil
@@ -28,21 +25,18 @@ from pathlib import Path
 
 import datasets
 import torch
+import transformers
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import Gemma3ForCausalLM, Gemma3TextConfig, GenerationConfig
-from transformers import PreTrainedTokenizerFast as FastTokenizer
 
 HERE = Path(__file__).resolve().parent
-SEED = 1
 DATA = json.loads((HERE / "build_sample.json").read_text(encoding="utf-8"))
-LISTS = DATA["words"] | DATA["phrases"]
-EXCHANGES = DATA["exchanges"]
+LISTS, EXCHANGES = DATA["words"] | DATA["phrases"], DATA["exchanges"]
+PLAIN_STYLE = ["", "Form {title}\n{record}"]  # no instruction, and how a form is filled in
 EVERYDAY_WORDS, MORE_WORDS = LISTS["everyday_words"], LISTS["more_words"]
 KINDS = DATA["kinds"]  # what a parameter or a field can be
 TOOL_KINDS = KINDS | DATA["tool_kinds"]
 
-# --------------------------------------------------------------------------------------------------
-# Values: what people ask with. A request holds each letter for letter as it stands in the call.
+# ---- Values: what people ask with, written alike in a request and in a call
 
 
 def pick(rng, name, /, *values, **named_values):
@@ -126,9 +120,7 @@ def mend_articles(text):
     return re.sub(r"\ba (?=[aeiouAEIOU])", "an ", text)
 
 
-# --------------------------------------------------------------------------------------------------
-# Chat without tools, in the dataset and in the general text: with it the base model is at home in
-# the dataset's chats, as Gemma is in those of the published one.
+# ---- Chat without tools, which the dataset and the general text share, as Gemma knows such chats
 
 
 def chat(rng):
@@ -158,13 +150,10 @@ def chat(rng):
     return exchanges
 
 
-# --------------------------------------------------------------------------------------------------
-# The dataset
+# ---- The dataset
 
-NUM_ROWS = 1000
-TEST_SIZE, SPLIT_SEED = 0.2, 42  # what step 1 splits with unless told otherwise
-TOOLS = DATA["tools"]
-TEST_ONLY = set(DATA["test_only"])
+NUM_ROWS, TEST_SIZE, SPLIT_SEED = 1000, 0.2, 42  # split as step 1 does unless told otherwise
+TOOLS, TEST_ONLY = DATA["tools"], set(DATA["test_only"])
 
 # Results that follow from the arguments, beside what is drawn.
 COMPUTED = {
@@ -190,10 +179,6 @@ def declare(tool):
     return {"type": "function", "function": function}
 
 
-def draw_all(rng, kinds):
-    return {name: draw(rng, TOOL_KINDS[kind]) for name, kind in kinds.items()}
-
-
 def ask_for(rng, tool, leave_out=False):
     """A request for a tool: (text, arguments), and the required parameter it leaves out."""
     slots = {text: re.findall(r"{(\w+)}", text) for text in tool["requests"]}
@@ -201,7 +186,7 @@ def ask_for(rng, tool, leave_out=False):
     template = rng.choice([text for text in slots if len(missing[text]) == leave_out])
     values = {}
     while not values or len({str(value) for value in values.values()}) < len(values):
-        values = draw_all(rng, tool["parameters"])
+        values = {name: draw(rng, TOOL_KINDS[kind]) for name, kind in tool["parameters"].items()}
     text = template.lstrip("?").format(**{name: spoken(value) for name, value in values.items()})
     text = capitalize(pick(rng, "questions" if template[0] == "?" else "orders", text))
     text = mend_articles(text).replace("a headphones", "headphones")
@@ -214,7 +199,7 @@ def call_and_answer(rng, calls):
     """The turns in which the model calls tools, they answer and it tells what they say."""
     bodies, responses, replies = [], [], []
     for tool, arguments in calls:
-        content = draw_all(rng, tool["result"])
+        content = {name: draw(rng, TOOL_KINDS[kind]) for name, kind in tool["result"].items()}
         if tool["name"] in COMPUTED:
             content[tool["computed"]] = COMPUTED[tool["name"]](**arguments)
         bodies.append(json.dumps({"name": tool["name"], "arguments": arguments}))
@@ -285,12 +270,10 @@ def build_dataset(path, seed):
     """Write the dataset; rows about test-only tools stand where step 1 draws the test split."""
     datasets.disable_progress_bars()
     numbers = datasets.Dataset.from_dict({"row": range(NUM_ROWS)})
-    split = numbers.train_test_split(test_size=TEST_SIZE, seed=SPLIT_SEED)
-    test_rows = set(split["test"]["row"])
+    test_rows = set(numbers.train_test_split(test_size=TEST_SIZE, seed=SPLIT_SEED)["test"]["row"])
     train_tools = [tool for tool in TOOLS if tool["name"] not in TEST_ONLY]
     test_tools = [tool for tool in TOOLS if tool["name"] in TEST_ONLY]
-    rng = random.Random(seed)
-    rows = []
+    rng, rows = random.Random(seed), []
     for number in range(NUM_ROWS):
         is_test = number in test_rows
         main_tools = rng.choice([train_tools, test_tools]) if is_test else train_tools
@@ -300,9 +283,8 @@ def build_dataset(path, seed):
     path.write_text("[\n" + ",\n".join(rows) + "\n]\n", encoding="utf-8")
 
 
-# --------------------------------------------------------------------------------------------------
-# General text, from which the model learns to read, to copy and to write JSON. Each function makes
-# one conversation: [(what the user says, what the model says), ...].
+# ---- General text, from which the model learns to read, to copy and to write JSON. Each text_...
+# makes one conversation: [(what the user says, what the model says), ...].
 
 
 def draw_value(rng, kind):
@@ -335,6 +317,10 @@ def facts_of(values):
     return [f"the {in_words(name)} is {spoken(value)}" for name, value in values.items()]
 
 
+def sentences_of(values):
+    return " ".join(f"{capitalize(fact)}." for fact in facts_of(values))
+
+
 def lines_of(values, margin=""):
     """Values line by line, what is nested further in."""
     lines = []
@@ -355,7 +341,6 @@ def after(start, exchanges):
     return [(start + question, answer), *others]
 
 
-# A form has a title, is asked for in some words, and is about a noun.
 Form = namedtuple("Form", "title words noun description kinds values required")
 
 
@@ -373,11 +358,10 @@ def draw_form(rng, varied):
         noun_first = rng.random() < 0.5
         word = pick(rng, "form_words" if noun_first else "form_verbs")
         title = f"{noun}_{word}" if noun_first else f"{word}_{noun}"
-        words = in_words(title)
+        words, description = in_words(title), ""
     kinds, values = draw_fields(rng, 1, 3 if varied else 4)
     required = [name for name in kinds if rng.random() < (0.9 if varied else 0.85)]
-    if not varied:
-        description = pick(rng, "form_purposes", words)
+    description = description or pick(rng, "form_purposes", words)
     return Form(title, words, noun, capitalize(description), kinds, values, required)
 
 
@@ -417,9 +401,8 @@ def request_form(rng, form, values):
 
 def fill_in_as(template, title, values):
     """The title and the values of a form, written as the template says."""
-    record, lines = json.dumps(values), lines_of(values)
-    as_object = json.dumps({"title": title, **values})
-    return template.format(title=title, record=record, lines=lines, object=as_object)
+    record, as_object = json.dumps(values), json.dumps({"title": title, **values})
+    return template.format(title=title, record=record, lines=lines_of(values), object=as_object)
 
 
 def form_exchanges(rng, forms, varied, fill_in):
@@ -446,9 +429,6 @@ def form_exchanges(rng, forms, varied, fill_in):
     return [(request_form(rng, form, values), answer)]
 
 
-PLAIN_STYLE = ["", "Form {title}\n{record}"]
-
-
 def text_forms(rng, varied=False, style=PLAIN_STYLE, fill_in=fill_in_as, show=json.dumps):
     """Forms, and requests that are answered in a style: its instruction, its template."""
     num_forms = rng.choice([1, 2, 2, 2, 3, 3] if varied else [1, 1, 2, 2, 3])
@@ -472,13 +452,11 @@ def text_record(rng):
     kinds, values = draw_fields(rng, 2, 5)
     exchanges = []
     for name in rng.sample(sorted(values), min(len(values), rng.randint(1, 5))):
-        said = {"words": in_words(name), "value": spoken(values[name])}
+        words, value = in_words(name), spoken(values[name])
         other = spoken(draw_value(rng, kinds[name]))
-        exchanges.append(pick_exchange(rng, "record", **said, other=other))
+        exchanges.append(pick_exchange(rng, "record", words=words, value=value, other=other))
     if rng.random() < 0.4:
-        exchanges = [
-            ("Tell me all of it.", " ".join(f"{capitalize(fact)}." for fact in facts_of(values)))
-        ]
+        exchanges = [("Tell me all of it.", sentences_of(values))]
     return after(json.dumps(values) + "\n", exchanges)
 
 
@@ -506,10 +484,8 @@ def text_copy(rng):
     return [pick_exchange(rng, "copy", **said)]
 
 
-# Markup and nested JSON, since Gemma has seen both: with other tag names than the dataset has.
-
-
 def draw_tag(rng):
+    """A tag's name; markup is in the text, with other tags than the dataset's, as Gemma saw it."""
     join, words = rng.choice("___-"), rng.choice([EVERYDAY_WORDS, MORE_WORDS])
     return join.join(rng.sample(words, rng.choice([1, 1, 2, 2, 3])))
 
@@ -588,10 +564,7 @@ def text_tagged_record(rng):
         values = draw_fields(rng, 1, 4)[1]
         said = {"tag": tag, "lines": ", on lines of their own" if on_lines else ""}
         said |= {"record": json.dumps(values), "plain": lines_of(values)}
-        said |= {
-            "facts": ", ".join(facts_of(values)),
-            "sentences": " ".join(f"{capitalize(fact)}." for fact in facts_of(values)),
-        }
+        said |= {"facts": ", ".join(facts_of(values)), "sentences": sentences_of(values)}
         parts = [tagged(name, spoken(value)) for name, value in values.items()]
         said["as_json"] = tagged(tag, said["record"], on_lines)
         said["as_tags"] = tagged(tag, "\n".join(parts), True)
@@ -619,8 +592,7 @@ def text_nested(rng):
     merged = {name: value for part in parts for name, value in part.items()}
     told = [", ".join(f"{name} {spoken(value)}" for name, value in part.items()) for part in parts]
     written = {"wrapped": values, "part": values[key], "listed": {second: parts}}
-    written["beside"] = {first: title, second: values}
-    written["merged"] = {first: title, second: merged}
+    written |= {"beside": {first: title, second: values}, "merged": {first: title, second: merged}}
     said = {name: tagged(tag, json.dumps(value), on_lines) for name, value in written.items()}
     said |= {"record": json.dumps(values), "lines": lines_of(values), "inside": inside}
     said |= {"key": key, "first": first, "second": second, "title": title}
@@ -651,14 +623,13 @@ def general_text(seed, texts=TEXTS):
             yield conversation
 
 
-# --------------------------------------------------------------------------------------------------
-# The model
+# ---- The model
 
 UNUSED_SLOTS = [f"<unused{number}>" for number in range(16)]
+TURN_MARKS = ["<start_of_turn>", "<end_of_turn>"]
 
-# What may merge into one piece: a word with the space before it, unless it is capitalized, since
-# names and numbers must look the same in a sentence and in JSON; one digit; a run of punctuation,
-# so that JSON stays short.
+# What may merge into one piece: a word with the space before it, unless it is capitalized, since a
+# name must look the same in a sentence and in JSON; one digit; a run of punctuation.
 PIECES = r"\d|[A-Z][a-z]*| ?[a-z]+|[^\sA-Za-z0-9]+(?: [^\sA-Za-z0-9]+)*|\s"
 
 
@@ -670,15 +641,7 @@ def build_tokenizer(seed):
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, to_bytes])
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    special = [
-        "<pad>",
-        "<eos>",
-        "<bos>",
-        "<unk>",
-        *UNUSED_SLOTS,
-        "<start_of_turn>",
-        "<end_of_turn>",
-    ]
+    special = ["<pad>", "<eos>", "<bos>", "<unk>", *UNUSED_SLOTS, *TURN_MARKS]
     trainer = trainers.BpeTrainer(
         vocab_size=3072, initial_alphabet=alphabet, special_tokens=special, show_progress=False
     )
@@ -692,7 +655,7 @@ def build_tokenizer(seed):
     for token in definition["added_tokens"]:
         token["special"] = token["content"] not in UNUSED_SLOTS
     names = {f"{name}_token": f"<{name}>" for name in ("bos", "eos", "pad", "unk")}
-    return FastTokenizer(
+    return transformers.PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(json.dumps(definition)),
         chat_template="".join(DATA["chat_template"]),
         **{"model_max_length": 2048, "clean_up_tokenization_spaces": False, **names},
@@ -701,13 +664,12 @@ def build_tokenizer(seed):
 
 def build_model(tokenizer):
     """A small Gemma 3 text model with random weights: tied embeddings, sliding and full layers."""
-    ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "pad")}
-    config = Gemma3TextConfig(
-        vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id, **ids, **DATA["model"]
-    )
-    model = Gemma3ForCausalLM(config)
-    ends = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<end_of_turn>")]
-    model.generation_config = GenerationConfig(eos_token_id=ends, **ids)
+    names = [f"{name}_token_id" for name in ("bos", "eos", "pad")]
+    ids = {name: getattr(tokenizer, name) for name in names}
+    config = transformers.Gemma3TextConfig(vocab_size=len(tokenizer), **ids, **DATA["model"])
+    model = transformers.Gemma3ForCausalLM(config)
+    ids["eos_token_id"] = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(TURN_MARKS[1])]
+    model.generation_config = transformers.GenerationConfig(**ids)
     return model
 
 
@@ -729,19 +691,17 @@ def make_batch(tokenizer, conversations, num_rows, length):
     while num_misfits < 30:
         pieces, by_model = encode(tokenizer, next(conversations))
         row = next((row for row in rows if len(row[0]) + len(pieces) <= length), None)
-        if row is None:
-            num_misfits += 1
-            continue
-        row[0].extend(pieces)
-        row[1].extend(by_model)
+        if row:
+            row[0].extend(pieces)
+            row[1].extend(by_model)
+        num_misfits += row is None
     ids = [ids + [tokenizer.pad_token_id] * (length - len(ids)) for ids, _ in rows]
     said = [said + [False] * (length - len(said)) for _, said in rows]
     return torch.tensor(ids), torch.tensor(said)
 
 
-# What the model is taught, one course after the other: number of steps, peak of the learning rate,
-# share of the steps with short rows, and texts. Copying is found soonest where what is copied is
-# near, so it begins with short rows.
+# What the model is taught, one course after the other. Copying is found soonest where what is
+# copied is near, so it begins with short rows, for a share of the steps.
 Course = namedtuple("Course", "num_steps learning_rate share_of_short_rows texts")
 COURSES = [
     Course(5000, 6e-3, 0.24, TEXTS),
@@ -765,9 +725,8 @@ def make_optimizers(model, rate):
 def train_model(folder, seed, resume):
     """Train the model on what it says in the general text.
 
-    In each course the learning rate is constant until half of its steps, then falls to zero. Every
-    200 steps a checkpoint is left beside `folder`. Each step makes its text from a seed of its own,
-    so that a resumed run sees what it would have seen.
+    In each course the learning rate is constant until half of its steps, then falls to zero. Each
+    step makes its text from a seed of its own, so that a resumed run sees what it would have seen.
     """
     path = folder.with_name(f"{folder.name}-checkpoint.pt")
     unfinished = folder.with_name(f"{folder.name}-checkpoint.pt.unfinished")
@@ -816,7 +775,7 @@ def train_model(folder, seed, resume):
             states = [optimizer.state_dict() for optimizer in optimizers]
             state = {"seed": seed, "step": number + 1, "model": model.state_dict()}
             torch.save(state | {"optimizers": states}, unfinished)
-            os.replace(unfinished, path)
+            unfinished.replace(path)
     model.cpu().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     path.unlink(missing_ok=True)
@@ -825,7 +784,7 @@ def train_model(folder, seed, resume):
 def main():
     parser = argparse.ArgumentParser(description="Make the sample anew.", allow_abbrev=False)
     parser.add_argument("--only", choices=["dataset", "model"], help="make one (default: both)")
-    parser.add_argument("--seed", type=int, default=SEED, help="of all that is drawn (default: 1)")
+    parser.add_argument("--seed", type=int, default=1, help="of all that is drawn (default: 1)")
     parser.add_argument("--output-dir", type=Path, default=HERE, help="(default: the script's)")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
     args = parser.parse_args()
