@@ -784,7 +784,7 @@ def train_model(folder, seed, resume):
 def main():
     parser = argparse.ArgumentParser(description="Make the sample anew.", allow_abbrev=False)
     parser.add_argument("--only", choices=["dataset", "model"], help="make one (default: both)")
-    parser.add_argument("--seed", type=int, default=1, help="of all that is drawn (default: 1)")
+    parser.add_argument("--seed", type=int, default=1, help="seed of both (default: 1)")
     parser.add_argument("--output-dir", type=Path, default=HERE, help="(default: the script's)")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
     args = parser.parse_args()
