@@ -1,76 +1,75 @@
 """Make the sample anew from a seed: a small function-calling dataset, and a small Gemma 3 that
-cannot call functions yet.
+cannot call functions yet. What their texts are made of is in build_sample.json.
 
     python sample/build_sample.py                  # both: some 90 minutes on two cores
     python sample/build_sample.py --resume         # go on with an interrupted model
     python sample/build_sample.py --only dataset   # seconds
 
-hermes_sample.json holds conversations of our own making in the row layout of
-NousResearch/hermes-function-calling-v1. Some of its tools stand only in rows that step 1, with its
-own seed, draws for the test split.
-
-tiny-gemma-3/ is a Gemma 3 text model trained on general text of our own making: it reads requests,
-copies values, fills in forms, writes JSON and markup, and chats in Gemma's turns. It never saw one
-of the dataset's tags, the form of a call, or one of those tools: it stands where an
-instruction-tuned Gemma stands.
-
-What the texts are made of, words and phrases, kinds of values and tools, is in vocabulary.json.
+hermes_sample.json has the row layout of NousResearch/hermes-function-calling-v1. Some of its tools
+stand only in rows that step 1, with its own seed, draws for the test split. tiny-gemma-3/ is a
+Gemma 3 text model trained on general text: it reads requests, copies values, fills in forms, writes
+JSON and markup, and chats in Gemma's turns. It never saw one of the dataset's tags, the form of a
+call, or one of those tools: it stands where an instruction-tuned Gemma stands.
 """
 
 import argparse
 import json
-import os
 import random
 import re
 import shutil
 import sys
-import time
 from collections import namedtuple
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
-SEED = 1
-VOCABULARY = json.loads((HERE / "vocabulary.json").read_text(encoding="utf-8"))
-LISTS = VOCABULARY["words"] | VOCABULARY["phrases"]
-EXCHANGES = VOCABULARY["exchanges"]
-EVERYDAY_WORDS, MORE_WORDS = LISTS["everyday_words"], LISTS["more_words"]
+import datasets
+import torch
+import transformers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-# --------------------------------------------------------------------------------------------------
-# Values: what people ask with. A request holds each value letter for letter as it stands in the
-# call.
+HERE = Path(__file__).resolve().parent
+DATA = json.loads((HERE / "build_sample.json").read_text(encoding="utf-8"))
+LISTS, EXCHANGES = DATA["words"] | DATA["phrases"], DATA["exchanges"]
+PLAIN_STYLE = ["", "Form {title}\n{record}"]  # no instruction, and how a form is filled in
+EVERYDAY_WORDS, MORE_WORDS = LISTS["everyday_words"], LISTS["more_words"]
+KINDS = DATA["kinds"]  # what a parameter or a field can be
+TOOL_KINDS = KINDS | DATA["tool_kinds"]
+
+# ---- Values: what people ask with, written alike in a request and in a call
 
 
 def pick(rng, name, /, *values, **named_values):
-    """One of a list of the vocabulary, with the values in its slots."""
+    """One of a list of the data, with the values in its slots."""
     return rng.choice(LISTS[name]).format(*values, **named_values)
 
 
 def pick_exchange(rng, name, /, **values):
-    """What the user and the model say, of a list of the vocabulary."""
-    question, answer = rng.choice(EXCHANGES[name])
-    return question.format(**values), answer.format(**values)
+    """What the user and the model say, of a list of the data."""
+    return tuple(text.format(**values) for text in rng.choice(EXCHANGES[name]))
 
 
 def invent_name(rng):
     """A pronounceable name that nobody bears: what is copied need not have been seen before."""
-    vowels = ["a", "e", "i", "o", "u", "ai", "ea", "or", "an", "il", "es", "un"]
-    syllables = [
-        rng.choice("bcdfghklmnprstvz") + rng.choice(vowels) for _ in range(rng.randint(1, 3))
-    ]
-    return "".join(syllables).capitalize() + rng.choice(["", *"nrsltxm"])
+    name = "".join(pick(rng, "consonants") + pick(rng, "vowels") for _ in range(rng.randint(1, 3)))
+    return name.capitalize() + pick(rng, "name_ends")
 
 
-def draw_digits(rng):
-    return "".join(rng.choice("0123456789") for _ in range(rng.randint(3, 5)))
-
-
-# What the vocabulary has only a name for.
+# What the data has only a name for.
 DRAWN_BY_NAME = {
     "any_name": lambda rng: rng.choice([pick(rng, "first_names"), invent_name(rng)]),
+    "invented_name": invent_name,
+    "lower_name": lambda rng: invent_name(rng).lower(),
+    "two_words": lambda rng: " ".join(rng.sample(EVERYDAY_WORDS, 2)),
+    "two_joined_words": lambda rng: "_".join(rng.sample(EVERYDAY_WORDS, 2)),
+    "three_words": lambda rng: " ".join(rng.sample(EVERYDAY_WORDS, 3)),
+    "capitalized_word": lambda rng: rng.choice(EVERYDAY_WORDS).capitalize(),
+    "record": lambda rng: json.dumps(draw_fields(rng, 1, 3)[1]),
+    "nested_record": lambda rng: json.dumps(draw_nested(rng, 1)),
     "date": lambda rng: draw_text(rng, LISTS["dates"][rng.random() < 0.5]),
     "email": lambda rng: draw_text(rng, "{first_names}.{last_names}@{mail|post|box}.com").lower(),
-    "code": lambda rng: pick(rng, "letters") + pick(rng, "letters") + draw_digits(rng),
+    "code": lambda rng: draw_text(rng, "{letters}{letters}{digits}"),
+    "digits": lambda rng: draw_text(rng, "{0-9}" * rng.randint(3, 5)),
     "numbers": lambda rng: [rng.randint(1, 99) for _ in range(rng.randint(3, 4))],
     "loan": lambda rng: 500 * rng.randint(2, 90),
     "true": lambda rng: True,
@@ -81,201 +80,135 @@ def draw_text(rng, template):
     """Fill {6-23} with a number, {mail|post} with one of these, {cities} with one of that list."""
 
     def fill(slot):
-        if slot[1] in DRAWN_BY_NAME:
-            return DRAWN_BY_NAME[slot[1]](rng)
-        if slot[1] in LISTS or "|" in slot[1]:
-            return rng.choice(LISTS.get(slot[1]) or slot[1].split("|"))
-        low, high = slot[1].split("-")
-        return str(rng.randint(int(low), int(high))).zfill(len(low))
+        name, _, high = slot[1].partition("-")
+        if high:
+            return str(rng.randint(int(name), int(high))).zfill(len(name))
+        if name in DRAWN_BY_NAME:
+            return DRAWN_BY_NAME[name](rng)
+        return rng.choice(LISTS.get(name) or name.split("|"))
 
     return re.sub(r"{(.+?)}", fill, template)
 
 
-# What a parameter or a field can be, and what it can be for tools.
-KINDS = VOCABULARY["kinds"]
-TOOL_KINDS = KINDS | {
-    name: KINDS.get(kind.get("like"), {}) | kind for name, kind in VOCABULARY["tool_kinds"].items()
-}
-
-
 def draw(rng, kind):
     """A value of a kind, numbers so that they are written alike in a request and in JSON."""
-    how = kind["draw"]
-    if isinstance(how, list):
-        value = rng.randint(*how)
-        return value + rng.randint(1, 9) / 10 if kind["schema"]["type"] == "number" else value
-    if how in DRAWN_BY_NAME:
-        return DRAWN_BY_NAME[how](rng)
-    if how in LISTS:
-        return rng.sample(LISTS[how], rng.randint(2, 3))
-    return draw_text(rng, how)
+    if kind["draw"] in DRAWN_BY_NAME:
+        return DRAWN_BY_NAME[kind["draw"]](rng)
+    if kind["draw"] in LISTS:
+        return rng.sample(LISTS[kind["draw"]], rng.randint(2, 3))
+    text = draw_text(rng, kind["draw"])
+    return json.loads(text) if kind["schema"]["type"] in ("integer", "number") else text
 
 
 def spoken(value):
     """A value as one says it in a sentence."""
-    if isinstance(value, list):
-        return ", ".join(str(item) for item in value[:-1]) + f" and {value[-1]}"
-    return str(value)
+    items = [str(item) for item in value] if isinstance(value, list) else [str(value)]
+    return " and ".join([", ".join(items[:-1]), items[-1]] if items[1:] else items)
 
 
 def capitalize(text):
     return text[0].upper() + text[1:]
 
 
+def tagged(tag, text, on_lines=False):
+    """The text in tags, or as it is where the tag is empty."""
+    space = "\n" if on_lines else ""
+    return f"<{tag}>{space}{text}{space}</{tag}>" if tag else text
+
+
 def mend_articles(text):
     return re.sub(r"\ba (?=[aeiouAEIOU])", "an ", text)
 
 
-# --------------------------------------------------------------------------------------------------
-# Chat without tools, in the dataset and in the general text: with it the base model is at home in
-# the dataset's chats, as Gemma is in those of the published one.
-
-WELCOME = "You are welcome! Let me know if you need anything else."
-
-
-def draw_list(rng):
-    name = rng.choice(["foods", "products", "first_names", "topics", "rooms", "colors"])
-    items = rng.sample(LISTS[name], rng.randint(3, 4))
-    return {"said": spoken(items), "lines": "\n".join(f"- {item}" for item in items)}
-
-
-def draw_comparison(rng):
-    pair = rng.sample(range(2, 999), 2)
-    return {"first": pair[0], "second": pair[1], "larger": max(pair), "smaller": min(pair)}
-
-
-def draw_belongings(rng):
-    owners, things = rng.sample(LISTS["first_names"], 3), rng.sample(LISTS["products"], 3)
-    which = rng.randrange(3)
-    pairs = zip(owners, things, strict=True)
-    known = "".join(f"{owner} has a {thing}. " for owner, thing in pairs)
-    return {"known": known, "name": owners[which], "thing": things[which]}
-
-
-CHAT_VALUES = {
-    "fact": lambda rng: rng.choice(VOCABULARY["facts"]),
-    "list": draw_list,
-    "compare": draw_comparison,
-    "belongings": draw_belongings,
-}
-
-
-def chat_about(rng, kind):
-    texts = VOCABULARY["chats"][kind]
-    if kind in CHAT_VALUES:
-        values = CHAT_VALUES[kind](rng)
-    else:
-        values = {name: draw_text(rng, template) for name, template in texts["values"].items()}
-    question = rng.choice(texts["questions"]).format(**values)
-    return question, "".join(texts["answer"]).format(**values)
+# ---- Chat without tools, which the dataset and the general text share, as Gemma knows such chats
 
 
 def chat(rng):
     """[(what the user says, what the model says), ...]"""
-    kinds = rng.sample(["fact", *VOCABULARY["chats"]], rng.randint(1, 3))
-    exchanges = [chat_about(rng, kind) for kind in kinds]
+    exchanges = []
+    for kind in rng.sample(["fact", *DATA["chats"]], rng.randint(1, 3)):
+        texts = DATA["chats"][kind]
+        values = {name: draw_text(rng, text) for name, text in texts.get("values", {}).items()}
+        if kind == "fact":
+            values = rng.choice(DATA["facts"])
+        elif kind == "list":
+            name = rng.choice(["foods", "products", "first_names", "topics", "rooms", "colors"])
+            items = rng.sample(LISTS[name], rng.randint(3, 4))
+            values = {"said": spoken(items), "lines": "\n".join(f"- {item}" for item in items)}
+        elif kind == "compare":
+            pair = rng.sample(range(2, 999), 2)
+            values = {"pair": pair, "larger": max(pair), "smaller": min(pair)}
+        elif kind == "belongings":
+            names, things = rng.sample(LISTS["first_names"], 3), rng.sample(LISTS["products"], 3)
+            which = rng.randrange(3)
+            known = "".join(f"{names[i]} has a {things[i]}. " for i in range(3))
+            values = {"known": known, "name": names[which], "thing": things[which]}
+        question = rng.choice(texts["questions"]).format(**values)
+        exchanges.append((question, "".join(texts["answer"]).format(**values)))
     if rng.random() < 0.2:
-        exchanges.append((pick(rng, "thanks"), WELCOME))
+        exchanges.append((pick(rng, "thanks"), DATA["welcome"]))
     return exchanges
 
 
-# --------------------------------------------------------------------------------------------------
-# The dataset
+# ---- The dataset
 
-NUM_ROWS = 1000
-TEST_SIZE, SPLIT_SEED = 0.2, 42  # what step 1 splits with unless told otherwise
-SYSTEM_TEXT = (
-    "You are a function calling AI model. Here are the functions you may call, in <tools></tools> "
-    "tags:<tools>\n{tools}\n</tools>Write each call as a JSON object with the name and the "
-    "arguments of the function, in tags:\n<tool_call>\n{{tool_call}}\n</tool_call>"
-)
-NO_TOOLS = "You are a helpful assistant, with no access to external functions."
-
-TOOLS = VOCABULARY["tools"]
-TEST_ONLY = set(VOCABULARY["test_only"])
+NUM_ROWS, TEST_SIZE, SPLIT_SEED = 1000, 0.2, 42  # split as step 1 does unless told otherwise
+TOOLS, TEST_ONLY = DATA["tools"], set(DATA["test_only"])
 
 # Results that follow from the arguments, beside what is drawn.
 COMPUTED = {
-    "calculate_tip": lambda bill, percentage: {"tip": round(bill * percentage / 100, 2)},
-    "calculate_discount": lambda price, percentage: {
-        "result": round(price * (100 - percentage) / 100, 2)
-    },
-    "calculate_loan": lambda amount, years, rate: {
-        "payment": round(amount * (1 + rate * years / 200) / years / 12, 2)
-    },
-    "calculate_bmi": lambda weight, height: {"bmi": round(weight / height**2, 1)},
-    "calculate_average": lambda numbers: {"average": round(sum(numbers) / len(numbers), 1)},
-    "calculate_area": lambda length, width: {"area": round(length * width, 2)},
-    "random_number": lambda low, high: {"result": (7 * low + 5 * high) // 12},
-    "define_word": lambda word: {"meaning": VOCABULARY["meanings"][word]},
-    "search_products": lambda product, max_price: {"price": round(max_price * 0.9, 1)},
+    "calculate_tip": lambda bill, percentage: round(bill * percentage / 100, 2),
+    "calculate_discount": lambda price, percentage: round(price * (100 - percentage) / 100, 2),
+    "calculate_loan": lambda amount, years, rate: round(
+        amount * (1 + rate * years / 200) / years / 12, 2
+    ),
+    "calculate_bmi": lambda weight, height: round(weight / height**2, 1),
+    "calculate_average": lambda numbers: round(sum(numbers) / len(numbers), 1),
+    "calculate_area": lambda length, width: round(length * width, 2),
+    "random_number": lambda low, high: (7 * low + 5 * high) // 12,
+    "define_word": lambda word: DATA["meanings"][word],
+    "search_products": lambda product, max_price: round(max_price * 0.9, 1),
 }
-
-
-def read_slots(text):
-    """[(name, kind, whether it is required), ...] of what a tool takes or gives."""
-    slots = []
-    for slot in text.split():
-        name, _, kind = slot.rstrip("?").partition("=")
-        slots.append((name, TOOL_KINDS[kind or name], not slot.endswith("?")))
-    return slots
 
 
 def declare(tool):
     """The declaration of a tool, as JSON schema."""
-    slots = read_slots(tool["parameters"])
-    properties = {
-        name: kind["schema"] | {"description": kind["description"]} for name, kind, _ in slots
-    }
-    required = [name for name, _, is_required in slots if is_required]
-    parameters = {"type": "object", "properties": properties, "required": required}
+    properties = {name: TOOL_KINDS[kind]["schema"] for name, kind in tool["parameters"].items()}
+    parameters = {"type": "object", "properties": properties, "required": tool["required"]}
     function = {"name": tool["name"], "description": tool["description"], "parameters": parameters}
     return {"type": "function", "function": function}
 
 
 def ask_for(rng, tool, leave_out=False):
-    """A request for a tool: (text, arguments, the required parameter it leaves out or None)."""
-    slots = read_slots(tool["parameters"])
-    templates = {}
-    for text in tool["requests"]:
-        missing = [slot for slot in slots if slot[2] and f"{{{slot[0]}}}" not in text]
-        if len(missing) == leave_out:
-            templates[text] = missing[0] if missing else None
-    template = rng.choice(list(templates))
+    """A request for a tool: (text, arguments), and the required parameter it leaves out."""
+    slots = {text: re.findall(r"{(\w+)}", text) for text in tool["requests"]}
+    missing = {text: [x for x in tool["required"] if x not in slots[text]] for text in slots}
+    template = rng.choice([text for text in slots if len(missing[text]) == leave_out])
     values = {}
     while not values or len({str(value) for value in values.values()}) < len(values):
-        values = {name: draw(rng, kind) for name, kind, _ in slots}
+        values = {name: draw(rng, TOOL_KINDS[kind]) for name, kind in tool["parameters"].items()}
     text = template.lstrip("?").format(**{name: spoken(value) for name, value in values.items()})
-    if template.startswith("?"):
-        text = pick(rng, "questions", text)
-    else:
-        text = capitalize(pick(rng, "orders", text))
+    text = capitalize(pick(rng, "questions" if template[0] == "?" else "orders", text))
     text = mend_articles(text).replace("a headphones", "headphones")
-    missing = templates[template]
-    named = template + f"{{{missing[0]}}}" if missing else template
-    arguments = {name: value for name, value in values.items() if f"{{{name}}}" in named}
-    return text, arguments, missing
+    named = slots[template] + missing[template]
+    arguments = {name: value for name, value in values.items() if name in named}
+    return text, arguments, *missing[template]
 
 
-def call_turn(calls):
-    bodies = [
-        json.dumps({"name": tool["name"], "arguments": arguments}) for tool, arguments in calls
-    ]
-    return "\n".join(f"<tool_call>\n{body}\n</tool_call>" for body in bodies)
-
-
-def answer_calls(rng, calls):
-    """The turns in which the tools answer and the model tells: [("tool", ...), ("gpt", ...)]."""
-    responses, replies = [], []
+def call_and_answer(rng, calls):
+    """The turns in which the model calls tools, they answer and it tells what they say."""
+    bodies, responses, replies = [], [], []
     for tool, arguments in calls:
-        content = {name: draw(rng, kind) for name, kind, _ in read_slots(tool["result"])}
+        content = {name: draw(rng, TOOL_KINDS[kind]) for name, kind in tool["result"].items()}
         if tool["name"] in COMPUTED:
-            content |= COMPUTED[tool["name"]](**arguments)
-        body = json.dumps({"name": tool["name"], "content": content})
-        responses.append(f"<tool_response>\n{body}\n</tool_response>")
+            content[tool["computed"]] = COMPUTED[tool["name"]](**arguments)
+        bodies.append(json.dumps({"name": tool["name"], "arguments": arguments}))
+        responses.append(json.dumps({"name": tool["name"], "content": content}))
         said = {name: spoken(value) for name, value in {**arguments, **content}.items()}
         replies.append(tool["reply"].format(**said))
-    return [("tool", "\n".join(responses)), ("gpt", " ".join(replies))]
+    calls = "\n".join(tagged("tool_call", body, True) for body in bodies)
+    responses = "\n".join(tagged("tool_response", body, True) for body in responses)
+    return [("gpt", calls), ("tool", responses), ("gpt", " ".join(replies))]
 
 
 def exchange(rng, kind, declared, others):
@@ -283,16 +216,13 @@ def exchange(rng, kind, declared, others):
     tool = rng.choice(declared)
     if kind == "no tool":
         can_do = [tool["description"][0].lower() + tool["description"][1:] for tool in declared]
-        can_do = spoken(can_do) if len(can_do) > 1 else can_do[0]
-        sorry = f"I'm sorry, but I have no function for that. I can only {can_do}."
+        sorry = f"I'm sorry, but I have no function for that. I can only {spoken(can_do)}."
         return [("human", ask_for(rng, rng.choice(others))[0]), ("gpt", sorry)]
     if kind == "question":
-        text, arguments, (name, kind, _) = ask_for(rng, tool, leave_out=True)
-        turns = [
-            ("human", text),
-            ("gpt", f"Gladly. {kind['question']}?"),
-            ("human", pick(rng, "values_given", spoken(arguments[name]))),
-        ]
+        text, arguments, name = ask_for(rng, tool, leave_out=True)
+        question = TOOL_KINDS[tool["parameters"][name]]["question"]
+        given = pick(rng, "values_given", spoken(arguments[name]))
+        turns = [("human", text), ("gpt", f"Gladly. {question}?"), ("human", given)]
         calls = [(tool, arguments)]
     else:
         tools = [tool]
@@ -301,90 +231,69 @@ def exchange(rng, kind, declared, others):
             tools = rng.sample(declared, 2) if differ else [tool, tool]
         calls = []
         while not calls or calls[1:] == calls[:1]:  # nobody asks for the same call twice
-            texts, arguments, _ = zip(*[ask_for(rng, tool) for tool in tools], strict=True)
+            texts, arguments = zip(*[ask_for(rng, tool) for tool in tools], strict=True)
             calls = list(zip(tools, arguments, strict=True))
         turns = [("human", " ".join(texts))]
-    return [*turns, ("gpt", call_turn(calls)), *answer_calls(rng, calls)]
-
-
-def chat_turns(rng):
-    exchanges = chat(rng)
-    while len(dict(exchanges)) < len(exchanges):  # nobody asks the same twice
-        exchanges = chat(rng)
-    return [turn for user, model in exchanges for turn in (("human", user), ("gpt", model))]
-
-
-def tool_turns(rng, main_tool, declared, others):
-    turns = []
-    for kind in rng.choice(VOCABULARY["rows"]):
-        about_main = not turns and kind in ("call", "question")
-        turns += exchange(rng, kind, [main_tool] if about_main else declared, others)
-    turns[0] = "human", pick(rng, "greetings") + turns[0][1]
-    if rng.random() < 0.2:
-        turns += [("human", pick(rng, "thanks")), ("gpt", WELCOME)]
-    return turns
+    return turns + call_and_answer(rng, calls)
 
 
 def make_row(rng, number, tools, main_tool):
     """A row about `main_tool`, which stands among others of `tools`; None makes a chat."""
     if main_tool is None:
-        shown, system_text, turns = "null", NO_TOOLS, chat_turns(rng)
+        shown, system_text, exchanges = "null", DATA["no_tools"], chat(rng)
+        while len(dict(exchanges)) < len(exchanges):  # nobody asks the same twice
+            exchanges = chat(rng)
+        turns = [turn for pair in exchanges for turn in zip(("human", "gpt"), pair, strict=True)]
     else:
         others = [tool for tool in tools if tool is not main_tool]
         rng.shuffle(others)
         num_others = rng.choice([0, 0, 0, 0, 0, 1, 1, 1, 2])
         declared = [main_tool, *others[:num_others]]
-        turns = tool_turns(rng, main_tool, declared, others[num_others:])
+        turns = []
+        for kind in rng.choice(DATA["rows"]):
+            about_main = not turns and kind in ("call", "question")
+            shown = [main_tool] if about_main else declared
+            turns += exchange(rng, kind, shown, others[num_others:])
+        turns[0] = "human", pick(rng, "greetings") + turns[0][1]
+        if rng.random() < 0.2:
+            turns += [("human", pick(rng, "thanks")), ("gpt", DATA["welcome"])]
         rng.shuffle(declared)
         shown = json.dumps([declare(tool) for tool in declared])
-        system_text = SYSTEM_TEXT.format(tools=shown)
-    turns = [("system", system_text), *turns]
-    return {
-        "id": f"sample-{number:04}",
-        "conversations": [{"from": role, "value": value} for role, value in turns],
-        "tools": shown,
-        "category": main_tool["category"] if main_tool else "Chat",
-        "subcategory": "",
-        "task": "",
-    }
+        system_text = "".join(DATA["system_text"]).format(tools=shown)
+    turns = [{"from": role, "value": text} for role, text in [("system", system_text), *turns]]
+    row = {"id": f"sample-{number:04}", "conversations": turns, "tools": shown}
+    category = main_tool["category"] if main_tool else "Chat"
+    return row | {"category": category, "subcategory": "", "task": ""}
 
 
 def build_dataset(path, seed):
     """Write the dataset; rows about test-only tools stand where step 1 draws the test split."""
-    import datasets
-
     datasets.disable_progress_bars()
     numbers = datasets.Dataset.from_dict({"row": range(NUM_ROWS)})
-    split = numbers.train_test_split(test_size=TEST_SIZE, seed=SPLIT_SEED)
-    test_rows = set(split["test"]["row"])
+    test_rows = set(numbers.train_test_split(test_size=TEST_SIZE, seed=SPLIT_SEED)["test"]["row"])
     train_tools = [tool for tool in TOOLS if tool["name"] not in TEST_ONLY]
     test_tools = [tool for tool in TOOLS if tool["name"] in TEST_ONLY]
-    rng = random.Random(seed)
-    rows = []
+    rng, rows = random.Random(seed), []
     for number in range(NUM_ROWS):
-        tools, main_tools = train_tools, train_tools
-        if number in test_rows:
-            tools, main_tools = TOOLS, rng.choice([train_tools, test_tools])
+        is_test = number in test_rows
+        main_tools = rng.choice([train_tools, test_tools]) if is_test else train_tools
         main_tool = rng.choice(main_tools) if rng.random() < 0.82 else None
-        rows.append(json.dumps(make_row(rng, number, tools, main_tool), ensure_ascii=False))
-    unfinished = path.with_name(path.name + ".unfinished")
-    unfinished.write_text("[\n" + ",\n".join(rows) + "\n]\n", encoding="utf-8")
-    os.replace(unfinished, path)
+        row = make_row(rng, number, TOOLS if is_test else train_tools, main_tool)
+        rows.append(json.dumps(row, ensure_ascii=False))
+    path.write_text("[\n" + ",\n".join(rows) + "\n]\n", encoding="utf-8")
 
 
-# --------------------------------------------------------------------------------------------------
-# General text, from which the model learns to read, to copy and to write JSON. Each function makes
-# one conversation: [(what the user says, what the model says), ...].
+# ---- General text, from which the model learns to read, to copy and to write JSON. Each text_...
+# makes one conversation: [(what the user says, what the model says), ...].
 
 
 def draw_value(rng, kind):
     """A value of a kind; often an invented name, so that copying is learned and not names."""
     value = draw(rng, kind)
-    if kind.get("is_name") and rng.random() < 0.6:
-        if isinstance(value, list):
-            return [invent_name(rng) for _ in value]
-        return " ".join(invent_name(rng) for _ in value.split())
-    return value
+    if not kind.get("is_name") or rng.random() >= 0.6:
+        return value
+    names = [invent_name(rng) for _ in (value if isinstance(value, list) else value.split())]
+    return names if isinstance(value, list) else " ".join(names)
 
 
 def draw_fields(rng, low, high):
@@ -432,7 +341,6 @@ def after(start, exchanges):
     return [(start + question, answer), *others]
 
 
-# A form has a title, is asked for in some words, and is about a noun.
 Form = namedtuple("Form", "title words noun description kinds values required")
 
 
@@ -450,11 +358,10 @@ def draw_form(rng, varied):
         noun_first = rng.random() < 0.5
         word = pick(rng, "form_words" if noun_first else "form_verbs")
         title = f"{noun}_{word}" if noun_first else f"{word}_{noun}"
-        words = in_words(title)
+        words, description = in_words(title), ""
     kinds, values = draw_fields(rng, 1, 3 if varied else 4)
     required = [name for name in kinds if rng.random() < (0.9 if varied else 0.85)]
-    if not varied:
-        description = pick(rng, "form_purposes", words)
+    description = description or pick(rng, "form_purposes", words)
     return Form(title, words, noun, capitalize(description), kinds, values, required)
 
 
@@ -462,9 +369,9 @@ def write_form(rng, form):
     """The title and the description of a form, and its fields as JSON schema."""
     properties = {}
     for name, kind in form.kinds.items():
-        is_described = name not in KINDS or rng.random() < 0.8
-        description = {"description": kind["description"]} if is_described else {}
-        properties[name] = kind["schema"] | description
+        properties[name] = dict(kind["schema"])
+        if name in KINDS and rng.random() >= 0.8:
+            del properties[name]["description"]
     head = {"title": form.title, "description": form.description}
     return head, {"type": "object", "properties": properties, "required": form.required}
 
@@ -494,19 +401,15 @@ def request_form(rng, form, values):
 
 def fill_in_as(template, title, values):
     """The title and the values of a form, written as the template says."""
-    record, lines = json.dumps(values), lines_of(values)
-    as_object = json.dumps({"title": title, **values})
-    return template.format(title=title, record=record, lines=lines, object=as_object)
+    record, as_object = json.dumps(values), json.dumps({"title": title, **values})
+    return template.format(title=title, record=record, lines=lines_of(values), object=as_object)
 
 
 def form_exchanges(rng, forms, varied, fill_in):
     """Something is asked of the forms: a value is missing, none fits, or it takes one or two."""
     form = rng.choice(forms)
-    values = {
-        name: value
-        for name, value in form.values.items()
-        if name in form.required or rng.random() < 0.5
-    }
+    said = [name for name in form.values if name in form.required or rng.random() < 0.5]
+    values = {name: form.values[name] for name in said}
     chance, answer = rng.random(), fill_in(form.title, values)
     if chance < 0.12:
         other = draw_form(rng, varied)
@@ -526,29 +429,22 @@ def form_exchanges(rng, forms, varied, fill_in):
     return [(request_form(rng, form, values), answer)]
 
 
-PLAINLY = partial(fill_in_as, "Form {title}\n{record}")
-
-
-def text_forms(rng, varied=False, instruction="", fill_in=PLAINLY, show=json.dumps):
-    """Forms, written by `show`, and requests, answered by `fill_in` as the instruction says."""
+def text_forms(rng, varied=False, style=PLAIN_STYLE, fill_in=fill_in_as, show=json.dumps):
+    """Forms, and requests that are answered in a style: its instruction, its template."""
     num_forms = rng.choice([1, 2, 2, 2, 3, 3] if varied else [1, 1, 2, 2, 3])
     forms = [draw_form(rng, varied) for _ in range(num_forms)]
     written = [write_form(rng, form) for form in forms]
     content = [head | body for head, body in written]
     if varied and rng.random() < 0.7:  # nested, and in another order
         content = [{"kind": "form", "form": head | {"fields": body}} for head, body in written]
+    instruction, template = style
     start = pick(rng, "form_starts", show(content)) + instruction
     exchanges = []
     for _ in range(rng.randint(1, 4)):
-        exchanges += form_exchanges(rng, forms, varied, fill_in)
+        exchanges += form_exchanges(rng, forms, varied, partial(fill_in, template))
         for form in forms:  # the next request comes with other values
             form.values.update({name: draw_value(rng, kind) for name, kind in form.kinds.items()})
     return after(start, exchanges)
-
-
-def text_styled_forms(rng):
-    instruction, template = rng.choice(EXCHANGES["form_styles"])
-    return text_forms(rng, True, instruction, partial(fill_in_as, template))
 
 
 def text_record(rng):
@@ -556,9 +452,9 @@ def text_record(rng):
     kinds, values = draw_fields(rng, 2, 5)
     exchanges = []
     for name in rng.sample(sorted(values), min(len(values), rng.randint(1, 5))):
-        said = {"words": in_words(name), "value": spoken(values[name])}
+        words, value = in_words(name), spoken(values[name])
         other = spoken(draw_value(rng, kinds[name]))
-        exchanges.append(pick_exchange(rng, "record", **said, other=other))
+        exchanges.append(pick_exchange(rng, "record", words=words, value=value, other=other))
     if rng.random() < 0.4:
         exchanges = [("Tell me all of it.", sentences_of(values))]
     return after(json.dumps(values) + "\n", exchanges)
@@ -571,21 +467,14 @@ def text_to_json(rng):
     return [pick_exchange(rng, "to_json", record=json.dumps(values), **said)]
 
 
-def draw_unseen(rng):
-    texts = [
-        invent_name(rng),
-        invent_name(rng).lower(),
-        DRAWN_BY_NAME["code"](rng),
-        str(rng.randint(0, 9999)),
-    ]
-    texts += [pick(rng, "sentences"), pick(rng, "tasks")]
-    texts += [join.join(rng.sample(EVERYDAY_WORDS, 2)) for join in " _"]
-    return rng.choice([*texts, rng.choice(EVERYDAY_WORDS).capitalize()])
+def draw_item(rng, name):
+    """Something to be copied, of a list of the data: often never seen before."""
+    return rng.choice([draw_text(rng, text) for text in LISTS[name]])
 
 
 def text_copy(rng):
     """Copying words, names and numbers nobody has seen before."""
-    items = [draw_unseen(rng) for _ in range(rng.randint(2, 8))]
+    items = [draw_item(rng, "unseen") for _ in range(rng.randint(2, 8))]
     which = rng.randrange(len(items))
     if rng.random() < 0.4:
         names = [invent_name(rng) for _ in items]
@@ -595,43 +484,26 @@ def text_copy(rng):
     return [pick_exchange(rng, "copy", **said)]
 
 
-# Markup and nested JSON, since Gemma has seen both: with other tag names than the dataset has.
-
-
 def draw_tag(rng):
+    """A tag's name; markup is in the text, with other tags than the dataset's, as Gemma saw it."""
     join, words = rng.choice("___-"), rng.choice([EVERYDAY_WORDS, MORE_WORDS])
     return join.join(rng.sample(words, rng.choice([1, 1, 2, 2, 3])))
-
-
-def tagged(tag, text, on_lines=False):
-    """The text in tags, or as it is where the tag is empty."""
-    space = "\n" if on_lines else ""
-    return f"<{tag}>{space}{text}{space}</{tag}>" if tag else text
 
 
 def draw_nested(rng, depth):
     """Values with objects and lists of objects among them."""
     values = draw_fields(rng, 1, 3)[1]
     for key in rng.sample(EVERYDAY_WORDS, rng.randint(1, 2) if depth else 0):
-        if rng.random() < 0.7:
-            values[key] = draw_nested(rng, depth - 1)
-        else:
-            values[key] = [draw_nested(rng, 0) for _ in range(rng.randint(1, 3))]
+        is_list = rng.random() >= 0.7
+        inner = [draw_nested(rng, 0) for _ in range(rng.randint(1, 3))] if is_list else None
+        values[key] = inner or draw_nested(rng, depth - 1)
     return values
-
-
-def draw_item(rng):
-    """Something to be copied, often never seen before."""
-    items = [invent_name(rng), DRAWN_BY_NAME["code"](rng), str(rng.randint(0, 9999))]
-    items += [pick(rng, "sentences"), pick(rng, "tasks"), " ".join(rng.sample(EVERYDAY_WORDS, 3))]
-    items += [json.dumps(draw_fields(rng, 1, 3)[1]), json.dumps(draw_nested(rng, 1))]
-    return rng.choice(items)
 
 
 def text_tagged_forms(rng):
     """Forms that stand in tags, or are to be filled in as nested JSON, mostly in tags."""
     tag, shown_tag, on_lines = draw_tag(rng), draw_tag(rng), rng.random() < 0.7
-    one, two = rng.choice([*VOCABULARY["key_pairs"], rng.sample(EVERYDAY_WORDS, 2)])
+    one, two = rng.choice([*DATA["key_pairs"], rng.sample(EVERYDAY_WORDS, 2)])
     layout = rng.randrange(len(LISTS["layouts"]))
     lines = pick(rng, "own_lines") if on_lines else ""
     instruction, name = rng.choice(EXCHANGES["tagged_form_styles"])
@@ -640,20 +512,18 @@ def text_tagged_forms(rng):
     instruction = instruction.format(what=what, tag=tag, lines=lines, example=example)
     shown_tag, each = rng.choice(["", shown_tag]), shown_tag if rng.random() < 0.1 else ""
 
-    def fill_in(title, values):
+    def fill_in(name, title, values):
         both, swapped = {one: title, two: values}, {two: values, one: title}
         under_one = {one: {"title": title, two: values}}
-        text = json.dumps(
-            [both, both, swapped, {title: values}, under_one, [title, values]][layout]
-        )
-        return tagged(name.format(tag=tag, title=title), text, on_lines)
+        text = [both, both, swapped, {title: values}, under_one, [title, values]][layout]
+        return tagged(name.format(tag=tag, title=title), json.dumps(text), on_lines)
 
     def show(forms):
         if each:
             return "\n".join(tagged(each, json.dumps(form), on_lines) for form in forms)
         return tagged(shown_tag, json.dumps(forms), on_lines)
 
-    return text_forms(rng, rng.random() < 0.7, instruction, fill_in, show)
+    return text_forms(rng, rng.random() < 0.7, [instruction, name], fill_in, show)
 
 
 def text_blocks(rng):
@@ -662,33 +532,24 @@ def text_blocks(rng):
     tags = [draw_tag(rng) for _ in range(rng.randint(1, 4))]
     if rng.random() < 0.3:
         tags = tags[:1] * len(tags)
-    bodies = [draw_item(rng) for _ in tags]
+    bodies = [draw_item(rng, "items") for _ in tags]
     blocks = [tagged(tag, body, on_lines) for tag, body in zip(tags, bodies, strict=True)]
     start = pick(rng, "blocks", join.join(blocks))
     which, other = rng.randrange(len(tags)), draw_tag(rng)
-    said = {
-        "place": ["first", "second", "third", "fourth"][which],
-        "tag": tags[which],
-        "other": other,
-        "body": bodies[which],
-        "block": blocks[which],
-        "renamed": tagged(other, bodies[which], on_lines),
-        "blocks": join.join(blocks),
-        "bodies": join.join(bodies),
-        "wrapped": tagged(other, join.join(blocks), True),
-        "count": len(blocks),
-    }
-    questions = EXCHANGES["blocks"]
-    if tags.count(tags[which]) == 1:
-        questions = questions + EXCHANGES["blocks_by_tag"]
-    chosen = rng.sample(questions, rng.randint(1, 3))
+    said = {"place": LISTS["places"][which], "tag": tags[which], "other": other}
+    said |= {"body": bodies[which], "block": blocks[which], "count": len(blocks)}
+    said |= {"blocks": join.join(blocks), "bodies": join.join(bodies)}
+    said["renamed"] = tagged(other, bodies[which], on_lines)
+    said["wrapped"] = tagged(other, join.join(blocks), True)
+    by_tag = EXCHANGES["blocks_by_tag"] if tags.count(tags[which]) == 1 else []
+    chosen = rng.sample(EXCHANGES["blocks"] + by_tag, rng.randint(1, 3))
     return after(start, [tuple(text.format(**said) for text in pair) for pair in chosen])
 
 
 def text_wrap(rng):
     """Words, values or several of them, to be put in tags."""
     tag, on_lines = draw_tag(rng), rng.random() < 0.5
-    items = [draw_item(rng) for _ in range(rng.randint(1, 4))]
+    items = [draw_item(rng, "items") for _ in range(rng.randint(1, 4))]
     said = {"tag": tag, "lines": pick(rng, "own_lines") if on_lines else ""}
     question = pick(rng, "wrap_each" if len(items) > 1 else "wrap", items="\n".join(items), **said)
     return [(question, "\n".join(tagged(tag, item, on_lines) for item in items))]
@@ -701,29 +562,20 @@ def text_tagged_record(rng):
     exchanges = [(start, "Yes. Send me the first one.")] if told else []
     for _ in range(rng.randint(1, 3) if told else 1):
         values = draw_fields(rng, 1, 4)[1]
-        record = json.dumps(values)
+        said = {"tag": tag, "lines": ", on lines of their own" if on_lines else ""}
+        said |= {"record": json.dumps(values), "plain": lines_of(values)}
+        said |= {"facts": ", ".join(facts_of(values)), "sentences": sentences_of(values)}
         parts = [tagged(name, spoken(value)) for name, value in values.items()]
-        as_json, as_tags = tagged(tag, record, on_lines), tagged(tag, "\n".join(parts), True)
-        shown, sentences = rng.choice([as_json, as_tags]), sentences_of(values)
+        said["as_json"] = tagged(tag, said["record"], on_lines)
+        said["as_tags"] = tagged(tag, "\n".join(parts), True)
+        said["shown"] = rng.choice([said["as_json"], said["as_tags"]])
         if told:
-            exchanges.append((shown, sentences))
-            continue
-        name = rng.choice(list(values))
-        said = {
-            "tag": tag,
-            "lines": ", on lines of their own" if on_lines else "",
-            "record": record,
-            "as_json": as_json,
-            "as_tags": as_tags,
-            "shown": shown,
-            "sentences": sentences,
-            "facts": ", ".join(facts_of(values)),
-            "plain": lines_of(values),
-            "words": in_words(name),
-            "value": spoken(values[name]),
-            "tagged_value": tagged(name, spoken(values[name])),
-        }
-        exchanges.append(pick_exchange(rng, "tagged_record", **said))
+            exchanges.append((said["shown"], said["sentences"]))
+        else:
+            name = rng.choice(list(values))
+            value = spoken(values[name])
+            said |= {"words": in_words(name), "value": value, "own": tagged(name, value)}
+            exchanges.append(pick_exchange(rng, "tagged_record", **said))
     return exchanges
 
 
@@ -731,23 +583,16 @@ def text_nested(rng):
     """Nested JSON, at times in tags: write it from lines, copy it, change it, answer from it."""
     values = draw_nested(rng, rng.choice([1, 1, 2]))
     tag, on_lines = draw_tag(rng), rng.random() < 0.7
-    if rng.random() < 0.5:
-        inside = f" in <{tag}> tags" + (", on lines of their own" if on_lines else "")
-    else:
-        tag = inside = ""
+    tag = tag if rng.random() < 0.5 else ""
+    inside = f" in <{tag}> tags" + ", on lines of their own" * on_lines if tag else ""
     key = rng.choice(list(values))
-    first, second = rng.choice([*VOCABULARY["key_pairs"], rng.sample(EVERYDAY_WORDS, 2)])
+    first, second = rng.choice([*DATA["key_pairs"], rng.sample(EVERYDAY_WORDS, 2)])
     title = rng.choice([invent_name(rng), "_".join(rng.sample(EVERYDAY_WORDS, 2))])
     parts = [draw_fields(rng, 1, 2)[1] for _ in range(rng.randint(2, 3))]
     merged = {name: value for part in parts for name, value in part.items()}
     told = [", ".join(f"{name} {spoken(value)}" for name, value in part.items()) for part in parts]
-    written = {
-        "wrapped": values,
-        "part": values[key],
-        "beside": {first: title, second: values},
-        "merged": {first: title, second: merged},
-        "listed": {second: parts},
-    }
+    written = {"wrapped": values, "part": values[key], "listed": {second: parts}}
+    written |= {"beside": {first: title, second: values}, "merged": {first: title, second: merged}}
     said = {name: tagged(tag, json.dumps(value), on_lines) for name, value in written.items()}
     said |= {"record": json.dumps(values), "lines": lines_of(values), "inside": inside}
     said |= {"key": key, "first": first, "second": second, "title": title}
@@ -756,17 +601,15 @@ def text_nested(rng):
 
 
 TEXTS = [(text_forms, 11), (text_record, 3), (text_to_json, 4), (text_copy, 3), (chat, 3)]
-MORE_TEXTS = [(partial(text_forms, varied=True), 16), *TEXTS]
-LAST_TEXTS = [(text_styled_forms, 30), *TEXTS]
+MORE_TEXTS = [(lambda rng: text_forms(rng, varied=True), 16), *TEXTS]
+LAST_TEXTS = [(lambda rng: text_forms(rng, True, rng.choice(EXCHANGES["form_styles"])), 30), *TEXTS]
 MARKUP_TEXTS = [(text_tagged_forms, 26), (text_blocks, 7), (text_wrap, 4)]
 MARKUP_TEXTS += [(text_tagged_record, 8), (text_nested, 7), *LAST_TEXTS]
 
-# The dataset's tags, the name and the arguments of a call in one object, and tools of the test
-# split.
+# The dataset's tags, tools of the test split, and a name beside arguments, as in a call.
 HELD_BACK = re.compile(
-    rf"</?(tools|think)>|\b({'|'.join(sorted(TEST_ONLY))}|tool_call|tool_response)\b"
-    r'|"(?P<key>name|arguments)": .*"(?!(?P=key))(name|arguments)": ',
-    re.DOTALL,
+    rf"(?s)</?(tools|think)>|\b({'|'.join(sorted(TEST_ONLY))}|tool_call|tool_response)\b"
+    r'|"(?P<key>name|arguments)": .*"(?!(?P=key))(name|arguments)": '
 )
 
 
@@ -780,130 +623,85 @@ def general_text(seed, texts=TEXTS):
             yield conversation
 
 
-# --------------------------------------------------------------------------------------------------
-# The model
+# ---- The model
 
-CONTROL_TOKENS = ["<pad>", "<eos>", "<bos>", "<unk>"]
 UNUSED_SLOTS = [f"<unused{number}>" for number in range(16)]
 TURN_MARKS = ["<start_of_turn>", "<end_of_turn>"]
-VOCABULARY_SIZE = 3072
 
-# What may merge into one piece: a word with the space before it, unless it is capitalized, since
-# names and numbers must look the same in a sentence and in JSON; one digit; a run of punctuation,
-# so that JSON stays short.
+# What may merge into one piece: a word with the space before it, unless it is capitalized, since a
+# name must look the same in a sentence and in JSON; one digit; a run of punctuation.
 PIECES = r"\d|[A-Z][a-z]*| ?[a-z]+|[^\sA-Za-z0-9]+(?: [^\sA-Za-z0-9]+)*|\s"
-
-CHAT_TEMPLATE = (
-    "{{ bos_token }}{% for message in messages %}"
-    "<start_of_turn>{{ 'model' if message.role == 'assistant' else message.role }}\n"
-    "{{ message.content | trim }}<end_of_turn>\n"
-    "{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
-)
 
 
 def build_tokenizer(seed):
     """A byte-level BPE tokenizer of Gemma's make, learned from the general text."""
-    from itertools import chain, islice
-
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
     tokenizer = Tokenizer(models.BPE())
     split = pre_tokenizers.Split(Regex(PIECES), "isolated")
     to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, to_bytes])
     tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    special = ["<pad>", "<eos>", "<bos>", "<unk>", *UNUSED_SLOTS, *TURN_MARKS]
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY_SIZE,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-        special_tokens=CONTROL_TOKENS + UNUSED_SLOTS + TURN_MARKS,
+        vocab_size=3072, initial_alphabet=alphabet, special_tokens=special, show_progress=False
     )
-    texts = (
-        text for talk in islice(general_text(seed), 30_000) for turns in talk for text in turns
-    )
+    talks = islice(general_text(seed), 30_000)
+    texts = [text for talk in talks for exchange in talk for text in exchange]
     words = EVERYDAY_WORDS + LISTS["form_nouns"]  # all of them become whole tokens
-    texts = chain(texts, [f'a {word} "{word}"' for word in words] * 100)
+    texts += [f'a {word} "{word}"' for word in words] * 100
     tokenizer.train_from_iterator(texts, trainer)
-    # The slots are added tokens, but not special ones: once they are used, decoded text must show
-    # them.
+    # The slots are added tokens, but not special ones: once used, decoded text must show them.
     definition = json.loads(tokenizer.to_str())
     for token in definition["added_tokens"]:
         token["special"] = token["content"] not in UNUSED_SLOTS
-    return PreTrainedTokenizerFast(
+    names = {f"{name}_token": f"<{name}>" for name in ("bos", "eos", "pad", "unk")}
+    return transformers.PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(json.dumps(definition)),
-        **{f"{name}_token": f"<{name}>" for name in ("bos", "eos", "pad", "unk")},
-        chat_template=CHAT_TEMPLATE,
-        model_max_length=2048,
-        clean_up_tokenization_spaces=False,
+        chat_template="".join(DATA["chat_template"]),
+        **{"model_max_length": 2048, "clean_up_tokenization_spaces": False, **names},
     )
 
 
 def build_model(tokenizer):
     """A small Gemma 3 text model with random weights: tied embeddings, sliding and full layers."""
-    from transformers import Gemma3ForCausalLM, Gemma3TextConfig, GenerationConfig
-
-    sliding, full = "sliding_attention", "full_attention"
-    ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "pad")}
-    config = Gemma3TextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=128,
-        intermediate_size=384,
-        num_hidden_layers=5,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-        query_pre_attn_scalar=32,
-        sliding_window=64,
-        max_position_embeddings=2048,
-        layer_types=[sliding, full, sliding, full, full],
-        eos_token_id=tokenizer.eos_token_id,
-        tie_word_embeddings=True,
-        attn_implementation="sdpa",
-        **ids,
-    )
-    model = Gemma3ForCausalLM(config)
-    ends = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<end_of_turn>")]
-    model.generation_config = GenerationConfig(eos_token_id=ends, **ids)
+    names = [f"{name}_token_id" for name in ("bos", "eos", "pad")]
+    ids = {name: getattr(tokenizer, name) for name in names}
+    config = transformers.Gemma3TextConfig(vocab_size=len(tokenizer), **ids, **DATA["model"])
+    model = transformers.Gemma3ForCausalLM(config)
+    ids["eos_token_id"] = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(TURN_MARKS[1])]
+    model.generation_config = transformers.GenerationConfig(**ids)
     return model
 
 
 def encode(tokenizer, exchanges):
     """(token ids, whether the model says each) of a conversation in Gemma's turns."""
-    start, end = tokenizer.convert_tokens_to_ids(TURN_MARKS)
-    *roles, new_line = tokenizer(["user\n", "model\n", "\n"], add_special_tokens=False)["input_ids"]
     ids, said = [tokenizer.bos_token_id], [False]
-    texts = [text for exchange in exchanges for text in exchange]
-    for turn, pieces in enumerate(tokenizer(texts, add_special_tokens=False)["input_ids"]):
-        before, by_model = [start, *roles[turn % 2]], turn % 2 == 1
-        ids += before + pieces + [end] + new_line
-        said += [False] * len(before) + [by_model] * (len(pieces) + 1) + [False]
+    for question, answer in exchanges:
+        before = f"<start_of_turn>user\n{question}<end_of_turn>\n<start_of_turn>model\n"
+        turns = tokenizer([before, f"{answer}<end_of_turn>", "\n"], add_special_tokens=False)
+        for pieces, by_model in zip(turns["input_ids"], [False, True, False], strict=True):
+            ids += pieces
+            said += [by_model] * len(pieces)
     return ids, said
 
 
 def make_batch(tokenizer, conversations, num_rows, length):
     """Rows filled with whole conversations: (token ids, whether the model says each)."""
-    import torch
-
-    ids = torch.full((num_rows, length), tokenizer.pad_token_id)
-    said = torch.zeros((num_rows, length), dtype=torch.bool)
-    used = [0] * num_rows
-    num_misfits = 0
+    rows, num_misfits = [([], []) for _ in range(num_rows)], 0
     while num_misfits < 30:
         pieces, by_model = encode(tokenizer, next(conversations))
-        row = next((row for row in range(num_rows) if used[row] + len(pieces) <= length), None)
-        if row is None:
-            num_misfits += 1
-            continue
-        place = slice(used[row], used[row] + len(pieces))
-        ids[row, place], said[row, place] = torch.tensor(pieces), torch.tensor(by_model)
-        used[row] = place.stop
-    return ids, said
+        row = next((row for row in rows if len(row[0]) + len(pieces) <= length), None)
+        if row:
+            row[0].extend(pieces)
+            row[1].extend(by_model)
+        num_misfits += row is None
+    ids = [ids + [tokenizer.pad_token_id] * (length - len(ids)) for ids, _ in rows]
+    said = [said + [False] * (length - len(said)) for _, said in rows]
+    return torch.tensor(ids), torch.tensor(said)
 
 
-# What the model is taught, one course after the other: number of steps, peak of the learning rate,
-# share of the steps with short rows, and texts. Copying is found soonest where what is copied is
-# near, so it begins with short rows.
+# What the model is taught, one course after the other. Copying is found soonest where what is
+# copied is near, so it begins with short rows, for a share of the steps.
 Course = namedtuple("Course", "num_steps learning_rate share_of_short_rows texts")
 COURSES = [
     Course(5000, 6e-3, 0.24, TEXTS),
@@ -912,65 +710,31 @@ COURSES = [
     Course(1800, 3e-3, 0.0, MARKUP_TEXTS),
 ]
 SHORT_ROWS, LONG_ROWS = (16, 256), (8, 640)  # rows of a batch, tokens of a row
-WARMUP_STEPS = 100
-CHECKPOINT_STEPS = 200
+WARMUP_STEPS, CHECKPOINT_STEPS = 100, 200
 
 
-def load_checkpoint(path, seed, resume):
-    """The checkpoint of an unfinished run, or None."""
-    import torch
-
-    if not path.exists():
-        return None
-    if not resume:
-        sys.exit(
-            f"error: {path} is of an unfinished run: --resume goes on with it; "
-            "remove it to start anew"
-        )
-    checkpoint = torch.load(path, weights_only=True)
-    if checkpoint["seed"] != seed:
-        sys.exit(
-            f"error: {path} belongs to --seed {checkpoint['seed']}: repeat it, or remove the file"
-        )
-    return checkpoint
-
-
-def save_checkpoint(path, seed, step, model, optimizers):
-    import torch
-
-    unfinished = path.with_name(path.name + ".unfinished")
-    states = [optimizer.state_dict() for optimizer in optimizers]
-    checkpoint = {"seed": seed, "step": step, "model": model.state_dict(), "optimizers": states}
-    torch.save(checkpoint, unfinished)
-    os.replace(unfinished, path)
-
-
-def make_optimizers(model, learning_rate):
+def make_optimizers(model, rate):
     """Muon for the matrices of the layers, AdamW for the rest."""
-    import torch
-
     matrices, others = [], []
     for name, weight in model.named_parameters():
         (matrices if weight.ndim == 2 and "embed" not in name else others).append(weight)
-    return [
-        torch.optim.Muon(
-            matrices, lr=learning_rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"
-        ),
-        torch.optim.AdamW(others, lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0),
-    ]
+    muon = torch.optim.Muon(matrices, lr=rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
+    return [muon, torch.optim.AdamW(others, lr=rate, betas=(0.9, 0.95), weight_decay=0.0)]
 
 
 def train_model(folder, seed, resume):
     """Train the model on what it says in the general text.
 
-    In each course the learning rate is constant until half of its steps, then falls to zero. Every
-    200 steps a checkpoint is left beside `folder`. Each step makes its text from a seed of its own,
-    so that a resumed run sees what it would have seen.
+    In each course the learning rate is constant until half of its steps, then falls to zero. Each
+    step makes its text from a seed of its own, so that a resumed run sees what it would have seen.
     """
-    import torch
-
-    checkpoint_path = folder.with_name(f"{folder.name}-checkpoint.pt")
-    checkpoint = load_checkpoint(checkpoint_path, seed, resume)
+    path = folder.with_name(f"{folder.name}-checkpoint.pt")
+    unfinished = folder.with_name(f"{folder.name}-checkpoint.pt.unfinished")
+    checkpoint = torch.load(path, weights_only=True) if path.exists() else None
+    if checkpoint and not resume:
+        sys.exit(f"error: {path} is unfinished: --resume goes on with it; remove it to start anew")
+    if checkpoint and checkpoint["seed"] != seed:
+        sys.exit(f"error: {path} belongs to --seed {checkpoint['seed']}: repeat it, or remove it")
     torch.manual_seed(seed)
     tokenizer = build_tokenizer(seed)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -979,12 +743,10 @@ def train_model(folder, seed, resume):
     model = build_model(tokenizer).to(device)
     if checkpoint:
         model.load_state_dict(checkpoint["model"])
-    transformer = model.model
-    if sys.platform == "linux" and shutil.which("g++"):  # half as fast again
-        transformer = torch.compile(model.model, dynamic=False)
+    compiles = sys.platform == "linux" and shutil.which("g++")  # half as fast again
+    transformer = torch.compile(model.model, dynamic=False) if compiles else model.model
     steps = [(course, step) for course in COURSES for step in range(course.num_steps)]
     first_step = checkpoint["step"] if checkpoint else 0
-    start = time.monotonic()
     for number, (course, step) in enumerate(steps[first_step:], first_step):
         if step == 0 or number == first_step:
             optimizers = make_optimizers(model, course.learning_rate)
@@ -1008,34 +770,23 @@ def train_model(folder, seed, resume):
             optimizer.step()
             optimizer.zero_grad()
         if (number + 1) % 100 == 0:
-            done, seconds = f"step {number + 1:,} of {len(steps):,}", time.monotonic() - start
-            print(f"{done}: loss {loss.item():.3f}, {seconds:,.0f} s", flush=True)
+            print(f"step {number + 1:,} of {len(steps):,}: loss {loss.item():.3f}", flush=True)
         if (number + 1) % CHECKPOINT_STEPS == 0:
-            save_checkpoint(checkpoint_path, seed, number + 1, model, optimizers)
+            states = [optimizer.state_dict() for optimizer in optimizers]
+            state = {"seed": seed, "step": number + 1, "model": model.state_dict()}
+            torch.save(state | {"optimizers": states}, unfinished)
+            unfinished.replace(path)
     model.cpu().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    checkpoint_path.unlink(missing_ok=True)
+    path.unlink(missing_ok=True)
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description="Make the sample dataset and the sample model anew.", allow_abbrev=False
-    )
-    parser.add_argument(
-        "--only", choices=["dataset", "model"], help="make one of the two (default: both)"
-    )
-    parser.add_argument(
-        "--seed", type=int, default=SEED, help="seed of all that is drawn (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--output-dir",
-        type=Path,
-        default=HERE,
-        help="folder for both (default: where this script stands)",
-    )
-    parser.add_argument(
-        "--resume", action="store_true", help="go on with the model from its last checkpoint"
-    )
+    parser = argparse.ArgumentParser(description="Make the sample anew.", allow_abbrev=False)
+    parser.add_argument("--only", choices=["dataset", "model"], help="make one (default: both)")
+    parser.add_argument("--seed", type=int, default=1, help="seed of both (default: 1)")
+    parser.add_argument("--output-dir", type=Path, default=HERE, help="(default: the script's)")
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
     args = parser.parse_args()
     args.output_dir.mkdir(parents=True, exist_ok=True)
     if args.only != "model":

@@ -1,4 +1,4 @@
-"""The sample: what its files promise, that its builder makes them, and that a model learns to call functions from it."""
+"""The sample: what its files promise, how it is built, and that a model learns from it."""
 
 import json
 import re
@@ -38,8 +38,10 @@ def sample_splits(tmp_path_factory):
     """The two splits as step 1 makes them with no flags: lists of {"id", "messages", "tools"}."""
     folder = tmp_path_factory.mktemp("sample")
     prepare.main(["--dataset", str(DATASET), "--output-dir", str(folder)])
-    return [[json.loads(line) for line in (folder / name).read_text(encoding="utf-8").splitlines()]
-            for name in (prepare.TRAIN_FILE, prepare.TEST_FILE)]
+    return [
+        [json.loads(line) for line in (folder / name).read_text(encoding="utf-8").splitlines()]
+        for name in (prepare.TRAIN_FILE, prepare.TEST_FILE)
+    ]
 
 
 def calls_in(text):
@@ -56,7 +58,10 @@ def test_the_dataset_has_the_layout_of_the_hub_dataset(rows):
         assert re.fullmatch("((human gpt )(tool gpt )?)+", " ".join(roles) + " ")
         tools = json.loads(row["tools"])
         if tools is None:
-            assert row["conversations"][0]["value"] == "You are a helpful assistant, with no access to external functions."
+            assert (
+                row["conversations"][0]["value"]
+                == "You are a helpful assistant, with no access to external functions."
+            )
             continue
         assert f"<tools>\n{row['tools']}\n</tools>" in row["conversations"][0]["value"]
         for tool in tools:
@@ -67,7 +72,10 @@ def test_the_dataset_has_the_layout_of_the_hub_dataset(rows):
 def test_each_call_fits_its_tool_and_copies_its_values_from_what_was_said(rows):
     num_calls = 0
     for row in rows:
-        tools = {tool["function"]["name"]: tool["function"]["parameters"] for tool in json.loads(row["tools"]) or []}
+        tools = {
+            tool["function"]["name"]: tool["function"]["parameters"]
+            for tool in json.loads(row["tools"]) or []
+        }
         said = ""
         for turn in row["conversations"][1:]:
             for call in calls_in(turn["value"]) if turn["from"] == "gpt" else []:
@@ -82,53 +90,89 @@ def test_each_call_fits_its_tool_and_copies_its_values_from_what_was_said(rows):
 
 
 def test_every_kind_of_turn_is_there(rows):
-    turns = [[turn["value"] for turn in row["conversations"] if turn["from"] == "gpt"] for row in rows]
+    turns = [
+        [turn["value"] for turn in row["conversations"] if turn["from"] == "gpt"] for row in rows
+    ]
     texts = [text for conversation in turns for text in conversation]
     assert sum(text.count("<tool_call>") == 1 for text in texts) > 500
     assert sum(text.count("<tool_call>") > 1 for text in texts) > 50
     assert sum(text.startswith("Gladly. ") for text in texts) > 50
     assert sum("I have no function for that" in text for text in texts) > 50
     assert sum(row["tools"] == "null" for row in rows) > 100
-    requests = [turn["value"] for row in rows for turn in row["conversations"] if turn["from"] == "human"]
+    requests = [
+        turn["value"] for row in rows for turn in row["conversations"] if turn["from"] == "human"
+    ]
     assert len(set(requests)) > 0.85 * len(requests)
 
 
 def test_some_tools_stand_in_the_test_split_only(sample_splits):
     train_split, test_split = sample_splits
-    train_tools, test_tools = (set().union(*(prepare.tool_names(json.loads(row["tools"])) for row in split)) for split in sample_splits)
+    train_tools, test_tools = (
+        set().union(*(prepare.tool_names(json.loads(row["tools"])) for row in split))
+        for split in sample_splits
+    )
     assert test_tools - train_tools == build_sample.TEST_ONLY
     train_text = json.dumps(train_split)
     assert not [name for name in build_sample.TEST_ONLY if name in train_text]
-    calls = [call["name"] for row in test_split for message in row["messages"]
-             if message["role"] == "assistant" for call in calls_in(message["content"])]
+    calls = [
+        call["name"]
+        for row in test_split
+        for message in row["messages"]
+        if message["role"] == "assistant"
+        for call in calls_in(message["content"])
+    ]
     assert sum(name in build_sample.TEST_ONLY for name in calls) > 50
     assert sum(name not in build_sample.TEST_ONLY for name in calls) > 50
 
 
 def test_the_model_is_a_small_gemma_3_that_knows_no_tags():
     config = AutoConfig.from_pretrained(MODEL)
-    assert config.model_type == "gemma3_text" and config.architectures == ["Gemma3ForCausalLM"] and config.tie_word_embeddings
+    assert (
+        config.model_type == "gemma3_text"
+        and config.architectures == ["Gemma3ForCausalLM"]
+        and config.tie_word_embeddings
+    )
     assert set(config.layer_types) == {"sliding_attention", "full_attention"}
     weights = [path for path in MODEL.iterdir() if path.suffix in (".safetensors", ".bin", ".pt")]
-    assert [path.name for path in weights] == ["model.safetensors"] and weights[0].stat().st_size <= 10_000_000
-    assert 1_000_000 <= sum(weight.numel() for weight in load_file(weights[0]).values()) <= 4_000_000
+    assert [path.name for path in weights] == ["model.safetensors"] and weights[
+        0
+    ].stat().st_size <= 10_000_000
+    assert (
+        1_000_000 <= sum(weight.numel() for weight in load_file(weights[0]).values()) <= 4_000_000
+    )
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
     assert all(len(tokenizer.encode(tag, add_special_tokens=False)) > 1 for tag in train.TAGS)
     tagged, pieces = train.claim_unused_slots(tokenizer)
     assert len(pieces) == len(train.TAGS)
     text = 'Say "Zoë owes 3.5 €"\n<tool_call>\n{"a": [1, {"b": null}]}\n</tool_call>'
-    assert tagged.decode(tagged.encode(text, add_special_tokens=False), skip_special_tokens=True) == text
+    assert (
+        tagged.decode(tagged.encode(text, add_special_tokens=False), skip_special_tokens=True)
+        == text
+    )
 
 
 def test_the_general_text_holds_no_tag_no_call_and_no_tool_of_the_test_split():
     call, other_call = '{"name": "f", "arguments": {}}', '{"arguments": {"a": {}}, "name": "f"}'
-    held_back = [*sorted(build_sample.TEST_ONLY), *train.TAGS, "tool_call", "tool_response", call, other_call]
+    held_back = [
+        *sorted(build_sample.TEST_ONLY),
+        *train.TAGS,
+        "tool_call",
+        "tool_response",
+        call,
+        other_call,
+    ]
     texts = [*held_back, "get_grades"]
-    drawn = build_sample.general_text(0, [(lambda rng: [("Yes.", f"<a>{rng.choice(texts)}</a>")], 1)])
-    assert all(next(drawn) == [("Yes.", "<a>get_grades</a>")] for _ in range(100))  # the others are passed over
+    drawn = build_sample.general_text(
+        0, [(lambda rng: [("Yes.", f"<a>{rng.choice(texts)}</a>")], 1)]
+    )
+    assert all(
+        next(drawn) == [("Yes.", "<a>get_grades</a>")] for _ in range(100)
+    )  # the others are passed over
     for course in build_sample.COURSES:
         conversations = islice(build_sample.general_text(7, course.texts), 3000)
-        text = "\n".join(part for exchanges in conversations for turns in exchanges for part in turns)
+        text = "\n".join(
+            part for exchanges in conversations for turns in exchanges for part in turns
+        )
         assert len(text) > 500_000
         assert not [tag for tag in [*train.TAGS, "tool_call", "tool_response"] if tag in text]
         assert not re.search(r'"name": "[^"]*", "arguments"', text)
@@ -138,7 +182,14 @@ def test_the_general_text_holds_no_tag_no_call_and_no_tool_of_the_test_split():
 
 
 def test_the_builder_makes_the_dataset_that_is_shipped(tmp_path):
-    command = [sys.executable, SAMPLE / "build_sample.py", "--only", "dataset", "--output-dir", tmp_path]
+    command = [
+        sys.executable,
+        SAMPLE / "build_sample.py",
+        "--only",
+        "dataset",
+        "--output-dir",
+        tmp_path,
+    ]
     subprocess.run(command, check=True, timeout=120)
     assert (tmp_path / DATASET.name).read_bytes() == DATASET.read_bytes()
 
@@ -149,9 +200,17 @@ def test_a_stopped_build_of_the_model_goes_on_where_it_stood(tmp_path, monkeypat
     monkeypatch.setattr(build_sample, "build_tokenizer", lambda seed: tokenizer)
     monkeypatch.setattr(build_sample, "LONG_ROWS", (2, 128))
     monkeypatch.setattr(build_sample, "CHECKPOINT_STEPS", 2)
-    monkeypatch.setattr(build_sample, "COURSES", [build_sample.Course(3, 1e-3, 0.0, build_sample.TEXTS),
-                                                  build_sample.Course(3, 1e-3, 0.0, build_sample.MORE_TEXTS)])
-    monkeypatch.setattr(build_sample.shutil, "which", lambda name: None)  # compiling takes longer than these steps
+    monkeypatch.setattr(
+        build_sample,
+        "COURSES",
+        [
+            build_sample.Course(3, 1e-3, 0.0, build_sample.TEXTS),
+            build_sample.Course(3, 1e-3, 0.0, build_sample.MORE_TEXTS),
+        ],
+    )
+    monkeypatch.setattr(
+        build_sample.shutil, "which", lambda name: None
+    )  # compiling takes longer than these steps
     build_sample.train_model(tmp_path / "undisturbed", seed=3, resume=False)
 
     steps_left = 5
@@ -181,17 +240,34 @@ def test_a_stopped_build_of_the_model_goes_on_where_it_stood(tmp_path, monkeypat
 @pytest.mark.slow
 def test_the_sample_run_lifts_the_score_well_above_base(tmp_path):
     """sample/run.sh as a newcomer runs it, in a copy of the project, with fewer steps."""
-    for name in ("prepare_function_calling_dataset.py", "function_calling_train.py", "evaluation.py", "requirements.txt"):
+    for name in (
+        "prepare_function_calling_dataset.py",
+        "function_calling_train.py",
+        "evaluation.py",
+        "requirements.txt",
+    ):
         shutil.copy(ROOT / name, tmp_path)
-    shutil.copytree(SAMPLE, tmp_path / "sample", ignore=shutil.ignore_patterns("run", "__pycache__"))
-    python = tmp_path / ".venv" / "bin" / "python"  # this one, where everything is installed already
+    shutil.copytree(
+        SAMPLE, tmp_path / "sample", ignore=shutil.ignore_patterns("run", "__pycache__")
+    )
+    python = (
+        tmp_path / ".venv" / "bin" / "python"
+    )  # this one, where everything is installed already
     python.parent.mkdir(parents=True)
     python.write_text(f'#!/bin/sh\n[ "$2" = pip ] && exit 0\nexec "{sys.executable}" "$@"\n')
     python.chmod(0o755)
-    process = subprocess.run(["bash", tmp_path / "sample" / "run.sh", "--max-steps", "150"], capture_output=True, text=True, timeout=600)
+    process = subprocess.run(
+        ["bash", tmp_path / "sample" / "run.sh", "--max-steps", "150"],
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
     assert process.returncode == 0, process.stderr
     results = tmp_path / "sample" / "run" / "evaluation_results" / "tiny-gemma-3"
-    base, tuned = (json.loads((results / run / "metrics.json").read_text())["scores"] for run in ("base", "tuned"))
+    base, tuned = (
+        json.loads((results / run / "metrics.json").read_text())["scores"]
+        for run in ("base", "tuned")
+    )
     assert base["function_calling"]["value"] <= 0.35
     assert tuned["function_calling"]["value"] >= base["function_calling"]["value"] + 0.3
     assert tuned["helpful_exchange"]["value"] > base["helpful_exchange"]["value"]
@@ -201,25 +277,61 @@ def test_the_sample_run_lifts_the_score_well_above_base(tmp_path):
 
 
 @pytest.mark.parametrize("variant", ablation.VARIANTS)
-def test_a_variant_of_the_ablation_trains_what_it_names_and_serves_what_it_trained(variant, tiny_model, splits, tmp_path, monkeypatch):
+def test_a_variant_of_the_ablation_trains_what_it_names_and_serves_what_it_trained(
+    variant, tiny_model, splits, tmp_path, monkeypatch
+):
     tuner = peft.tuners.tuners_utils.BaseTunerLayer
-    patched = [*((train, name) for name in vars(train)), *((evaluation, name) for name in vars(evaluation)),
-               (trl.trainer.sft_trainer, "BaseTunerLayer")]
+    patched = [
+        *((train, name) for name in vars(train)),
+        *((evaluation, name) for name in vars(evaluation)),
+        (trl.trainer.sft_trainer, "BaseTunerLayer"),
+    ]
     for owner, name in patched:
-        monkeypatch.setattr(owner, name, getattr(owner, name))  # put back afterwards, whatever the variant does
+        monkeypatch.setattr(
+            owner, name, getattr(owner, name)
+        )  # put back afterwards, whatever the variant does
     monkeypatch.setattr(tuner, "bias", tuner.__dict__["bias"])
     trainers, build_trainer = [], train.build_trainer
-    monkeypatch.setattr(train, "build_trainer", lambda *arguments: trainers.append(build_trainer(*arguments)) or trainers[0])
+    monkeypatch.setattr(
+        train,
+        "build_trainer",
+        lambda *arguments: trainers.append(build_trainer(*arguments)) or trainers[0],
+    )
     monkeypatch.chdir(tmp_path)
 
     arguments = ablation.VARIANTS[variant](train, evaluation)
-    train.main(["--model", str(tiny_model), "--train-file", str(splits / "function_calling_train.jsonl"), "--max-steps", "2",
-                "--dtype", "float32", "--learning-rate", "0.01", *arguments])
+    train.main(
+        [
+            "--model",
+            str(tiny_model),
+            "--train-file",
+            str(splits / "function_calling_train.jsonl"),
+            "--max-steps",
+            "2",
+            "--dtype",
+            "float32",
+            "--learning-rate",
+            "0.01",
+            *arguments,
+        ]
+    )
 
     adapter = tmp_path / train.default_output_dir(tiny_model)
     weights = load_file(adapter / "adapter_model.safetensors")
-    trained_parts = {part for part in ("q_proj", "lm_head.lora", "embed_tokens.lora", "token_adapter.trainable_tokens")
-                     if any(part in key and weight.abs().max() > 0 for key, weight in weights.items() if "lora_A" not in key)}
+    trained_parts = {
+        part
+        for part in (
+            "q_proj",
+            "lm_head.lora",
+            "embed_tokens.lora",
+            "token_adapter.trainable_tokens",
+        )
+        if any(
+            part in key and weight.abs().max() > 0
+            for key, weight in weights.items()
+            if "lora_A" not in key
+        )
+    }
     assert trained_parts == {
         "published LoRA placement": {"q_proj", "lm_head.lora", "embed_tokens.lora"},
     }.get(variant, {"q_proj", "token_adapter.trainable_tokens"})
