@@ -415,6 +415,9 @@ def evaluate(args, results_dir, queries):
     headers = {"authorization": f"Bearer {os.environ.get('OPENAI_API_KEY', 'EMPTY')}"}
     if args.predictions:
         run["predictions_sha256"] = sha256(args.predictions)
+        query_of = {key_of(query): query for query in queries}
+        read = lambda p: (query_of[key_of(p)], *read_answer(p))
+        foreign = read_jsonl(args.predictions, read)
     else:
         import torch
         from transformers import AutoTokenizer, logging
@@ -434,8 +437,8 @@ def evaluate(args, results_dir, queries):
     with open(results_dir / "predictions.jsonl", "a", encoding="utf-8") as file:
         keep = functools.partial(keep_answer, file, scorer)
         if args.predictions:
-            query_of = {key_of(query): query for query in queries}
-            read_jsonl(args.predictions, lambda p: keep(query_of[key_of(p)], *read_answer(p)))
+            for answer in foreign:
+                keep(*answer)
         elif args.server:
             asking = left, args, run["served_model"], headers, tokenizer, keep
             asyncio.run(ask_server(*asking))
@@ -738,7 +741,7 @@ def plot_comparison(runs, name, path):
 
 def main(argv=None):
     args = parse_args(argv)
-    warnings.simplefilter("ignore", SyntaxWarning)  # of odd escapes in what a model wrote
+    warnings.simplefilter("ignore")  # of libraries, and of odd escapes in what a model wrote
     name = model_name(args.model)
     label = "base" if args.baseline else args.predictions.stem if args.predictions else "tuned"
     if args.adapter and model_name(args.adapter) != f"LoRA_{name}-function_calling":
