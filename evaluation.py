@@ -19,6 +19,7 @@ import hashlib
 import importlib.metadata
 import itertools
 import json
+import math
 import operator
 import os
 import random
@@ -30,9 +31,10 @@ from pathlib import Path
 
 import httpx2
 import huggingface_hub
-import jsonschema
 import numpy
 from huggingface_hub.errors import HTTPError
+from jsonschema import Draft202012Validator, FormatChecker
+from jsonschema.validators import extend
 from safetensors import SafetensorError
 from tokenizers import Tokenizer
 from tqdm.asyncio import tqdm
@@ -41,23 +43,22 @@ PUBLISHED = {  # (function calling, helpful exchange) on the first 300 test conv
     "gemma-3-1b-it": {"base": (0.28, 0.29), "README": (0.91, 0.78), "notebook": (0.973, 0.815)},
     "gemma-3-270m-it": {"base": (0.13, 0.48), "README": (0.90, 0.68), "notebook": (0.955, 0.779)},
 }
-METRICS = ["function_calling", "helpful_exchange"]  # the published ones, then what decides
-METRICS += ["name_right", "arguments_right", "turn_right", "valid_call"]
-METRICS += ["precision", "recall", "f1", "turn_right_seen_tools", "turn_right_unseen_tools"]
-FAILURES = ["no_call", "unneeded_call", "malformed", "wrong_function", "wrong_arguments"]
-FAILURES += ["wrong_count", "truncated", "failed"]
+METRICS = ["function_calling", "helpful_exchange", "name_right", "arguments_right", "turn_right"]
+METRICS += ["turn_right_seen_tools", "turn_right_unseen_tools", "valid_call"]  # README defines them
+METRICS += ["precision", "recall", "f1"]
 FINISH_REASONS = ["end_of_turn", "max_new_tokens", "prompt_too_long", "failed"]
 SERVER_REASONS = {"stop": "end_of_turn", "tool_calls": "end_of_turn", "length": "max_new_tokens"}
 TYPE_NAMES = {"dict": "object", "list": "array", "tuple": "array", "str": "string"}
 TYPE_NAMES |= {"int": "integer", "float": "number", "double": "number", "bool": "boolean"}
 UNCHECKED = ["pattern", "uniqueItems", "$dynamicRef", "unevaluatedProperties", "unevaluatedItems"]
+CHECKER = extend(Draft202012Validator, dict.fromkeys(UNCHECKED))  # these can take for ever
 BRANCHES = {"allOf", "anyOf", "oneOf", "if", "dependentSchemas", "$ref"}
 MAX_REFERENCES = 1000  # of a declared schema, followed while one call is checked
 RETRY_WAITS = (1, 2, 4, 8, 16)  # seconds before a server is asked again
 REQUEST_TIMEOUT = 600  # seconds, the time in the server's queue included
-RUN_KEYS = ["model", "commit", "adapter_sha256", "served_model", "predictions_sha256", "dtype"]
-RUN_KEYS += ["test_split_sha256", "limit", "max_new_tokens"]  # what predictions rest on
-COMPARED_KEYS = ["commit", "test_split_sha256", "max_new_tokens"]  # of a base's run and another
+COMPARED_KEYS = ["commit", "test_split_sha256", "max_new_tokens"]  # of run.json, base and tuned
+RUN_KEYS = [*COMPARED_KEYS, "model", "adapter_sha256", "served_model", "predictions_sha256"]
+RUN_KEYS += ["limit", "dtype"]  # --resume goes on only where they agree
 ERRORS = (OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError)
 ERRORS += (HTTPError, SafetensorError)  # what reading files, models and answers may raise
 
@@ -111,7 +112,7 @@ def reading(name):
 
 def read_json(path):
     with reading(path):
-        return json.loads(path.read_text(encoding="utf-8"))
+        return dict(json.loads(path.read_text(encoding="utf-8")))
 
 
 def read_jsonl(path, read):
@@ -129,20 +130,18 @@ def sha256(path):
 
 def read_conversation(row):
     """Return the queries of a row; a turn is known by the number of messages before it."""
-    read_tools(row["tools"])  # raises an error where that is none
-    queries = []
-    for turn, message in enumerate(row["messages"]):
-        kind = METRICS["<tool_call>" not in message["content"]]
-        query = {"conversation_id": row["id"], "turn": turn, "kind": kind, "tools": row["tools"]}
-        query |= {"prompt": row["messages"][:turn], "reference": message["content"].strip()}
+    queries, messages, _ = [], row["messages"], read_tools(row["tools"])
+    for turn, message in enumerate(messages):
+        text = message["content"].strip()
+        kind = "function_calling" if "<tool_call>" in text else "helpful_exchange"
+        query = {"conversation_id": row["id"], "turn": turn, "kind": kind, "reference": text}
+        query |= {"prompt": messages[:turn], "tools": row["tools"]}
         queries += [query] if message["role"] == "assistant" else []
     return queries
 
 
 def read_queries(path):
     """Return the queries of a split, in its order."""
-    if not path.is_file():
-        sys.exit(f"error: {path} not found: run prepare_function_calling_dataset.py first")
     queries = list(itertools.chain(*read_jsonl(path, read_conversation)))
     if not queries or len(set(map(key_of, queries))) < len(queries):
         sys.exit(f"error: {path} holds no turn of the model, or an id twice")
@@ -165,35 +164,19 @@ def find_folder(name, revision=None, weights=True):
     return Path(folder), Path(folder).name
 
 
-def find_adapter(args):
-    """Return (folder, training_run.json) of the adapter; end the program if it is not --model's."""
-    default = f"LoRA_{model_name(args.model)}-function_calling"
-    if not args.adapter and not Path(default).is_dir():
-        sys.exit(f"error: {default} not found: run function_calling_train.py, or give --baseline")
-    folder, _ = find_folder(args.adapter or default)
-    run = read_json(folder / "training_run.json")
-    if model_name(run["model"]) != model_name(args.model):
-        sys.exit(f"error: the adapter in {folder} was trained on {run['model']}: give that --model")
-    return folder, run
-
-
 def choose_device(dtype=None):
     """Return (device name, torch dtype): the dtype of that name, or bf16 where it is computed."""
     import torch
 
+    device = "mps" if torch.backends.mps.is_available() else "cpu"
+    has_bf16 = device == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16", False)
     if torch.cuda.is_available():
         device, has_bf16 = "cuda", torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        device = "mps" if torch.backends.mps.is_available() else "cpu"
-        has_bf16 = device == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16", False)
     return device, getattr(torch, dtype or ("bfloat16" if has_bf16 else "float32"))
 
 
 def load_model(model_dir, adapter_dir, device, dtype):
-    """Load the base model, with the adapter (if any) merged into its weights before any rounding.
-
-    Buffers keep their precision: the frequencies of the rotary embedding lose too much in bf16.
-    """
+    """Load the base model, with the adapter (if any) merged into its weights before rounding."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, GenerationConfig
 
@@ -201,24 +184,21 @@ def load_model(model_dir, adapter_dir, device, dtype):
     model = AutoModelForCausalLM.from_pretrained(model_dir, **options)
     if adapter_dir:
         model = PeftModel.from_pretrained(model, adapter_dir).merge_and_unload()
-    for parameter in model.parameters():
+    for parameter in model.parameters():  # no buffers: rotary frequencies lose too much in bf16
         parameter.data = parameter.data.to(dtype)
     model.generation_config = GenerationConfig()  # not the sampling that a model comes with
     return model.to(device).eval()
 
 
 def write_for_base(messages, tokenizer):
-    """The messages of a prompt for a stock template, which knows only user and assistant.
-
-    Control tokens in a text are broken up, so that none can forge a turn, as the adapter's does.
-    """
+    """The messages of a prompt for a stock template, which knows only user and assistant."""
+    special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
     written = []
     for message in messages:
-        role, text = message["role"], message["content"]
-        for token in tokenizer.added_tokens_decoder.values():
-            if token.special:
-                text = text.replace(token.content, f"{token.content[:-1]} {token.content[-1]}")
-        written.append({"role": "user" if role == "tool" else role, "content": text})
+        text = message["content"]
+        for token in special:  # broken up, so that no text can forge a turn
+            text = text.replace(token, f"{token[:-1]} {token[-1]}")
+        written.append({"role": message["role"].replace("tool", "user"), "content": text})
     return written
 
 
@@ -230,11 +210,7 @@ def encode_prompt(messages, tokenizer, is_base):
 
 
 def generate_batch(model, tokenizer, prompts, stop_ids, max_new_tokens):
-    """Greedy outputs for prompts, which are lists of token ids: [(text, finish reason), ...].
-
-    After its stop token an output holds only padding, which is not decoded. A batch that does not
-    fit the memory is halved.
-    """
+    """Greedy outputs for prompts, which are lists of token ids: [(text, finish reason), ...]."""
     padded = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt")
     options = {"eos_token_id": stop_ids, "pad_token_id": tokenizer.pad_token_id}
     options |= {"max_new_tokens": max_new_tokens, "do_sample": False}
@@ -248,25 +224,22 @@ def generate_batch(model, tokenizer, prompts, stop_ids, max_new_tokens):
         halves = prompts[: len(prompts) // 2], prompts[len(prompts) // 2 :]
         parts = (generate_batch(model, tokenizer, h, stop_ids, max_new_tokens) for h in halves)
         return list(itertools.chain(*parts))
-    rows = rows[:, padded["input_ids"].shape[1] :].tolist()
+    rows = rows[:, padded["input_ids"].shape[1] :].tolist()  # after the stop token comes padding
     texts = tokenizer.batch_decode(rows, skip_special_tokens=True)
     ended = ["end_of_turn" if set(stop_ids) & set(row) else "max_new_tokens" for row in rows]
     return list(zip(texts, ended, strict=True))
 
 
 def ask_model(queries, done, model, tokenizer, args, keep):
-    """Answer the queries that are not in `done`, and `keep` the answers of each batch.
-
-    Batches are planned over all queries: a resumed evaluation has those of an undisturbed one.
-    """
+    """Answer the queries that are not in `done`, longest first, and `keep` each batch's answers."""
     stop_ids = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<end_of_turn>")]
     tokens_at_once = 65_536 if model.device.type == "cuda" else 16_384  # some 7 GB at 1B in bf16
     prompts = [encode_prompt(query["prompt"], tokenizer, args.baseline) for query in queries]
     waiting = sorted(range(len(queries)), key=lambda n: -len(prompts[n]))
     with tqdm(total=len(queries), desc="Answering", unit=" queries", disable=None) as progress:
-        while waiting:
-            size = tokens_at_once // (len(prompts[waiting[0]]) + args.max_new_tokens)
-            planned = waiting[: args.batch_size or max(1, size)]
+        while waiting:  # a resumed evaluation plans the batches of an undisturbed one
+            fitting = tokens_at_once // (len(prompts[waiting[0]]) + args.max_new_tokens)
+            planned = waiting[: args.batch_size or max(1, fitting)]
             waiting = waiting[len(planned) :]
             batch = [n for n in planned if key_of(queries[n]) not in done]
             if batch:
@@ -277,18 +250,17 @@ def ask_model(queries, done, model, tokenizer, args, keep):
 
 
 def read_answer(answer):
-    """Return (text, finish reason) of an answer in a server's fields: "content" (or "output"),
-    "tool_calls", "finish_reason". Tool calls become the text that the trained model writes."""
+    """Return (text, finish reason) of an answer in a server's fields; tool calls become text."""
     text = answer["content"] if "content" in answer else answer["output"]
     reason = answer.get("finish_reason") or "end_of_turn"
     reason = SERVER_REASONS.get(reason, reason)
-    if not isinstance(text or "", str) or reason not in FINISH_REASONS:
+    if not isinstance(text, str | None) or reason not in FINISH_REASONS:
         raise ValueError(f"its output is no text, or finish_reason none of {FINISH_REASONS}")
     parts = [text.strip()] if text else []
     for call in answer.get("tool_calls") or []:
         name, arguments = call["function"]["name"], call["function"].get("arguments")
-        with contextlib.suppress(ValueError):  # text that cannot be read stays as it is
-            arguments = read_literal(arguments) if isinstance(arguments, str) else arguments
+        with contextlib.suppress(ValueError, TypeError):  # what is no JSON stays as it is
+            arguments = json.loads(arguments)
         call = json.dumps({"name": name, "arguments": arguments}, ensure_ascii=False)
         parts.append(f"<tool_call>\n{call}\n</tool_call>")
     return "\n".join(parts), reason
@@ -300,26 +272,23 @@ def choose_served_model(args, headers):
         response = httpx2.get(f"{args.server.rstrip('/')}/models", headers=headers, timeout=30)
         served = [model["id"] for model in response.raise_for_status().json()["data"]]
     name = model_name(args.model)
-    adapter = model_name(args.adapter or f"LoRA_{name}-function_calling")
-    wanted = args.server_model or (name if args.baseline else adapter)
-    alike = [model for model in served if wanted in (model, Path(model).name)]
+    name = name if args.baseline else model_name(args.adapter or f"LoRA_{name}-function_calling")
+    name = args.server_model or name
+    alike = [model for model in served if name in (model, Path(model).name)]
     if len(alike or served) != 1 or (args.server_model and not alike):
         sys.exit(f"error: --server-model is to be one of {', '.join(served)}")
     return (alike or served)[0]
 
 
 async def ask_query(client, semaphore, query, messages, options, keep):
-    """Ask a server one query, again after growing waits where that may help; `keep` the answer.
-
-    What stays unanswered is kept as an empty answer with the finish reason "failed".
-    """
+    """Ask a server one query, again after growing waits where that may help; `keep` the answer."""
     async with semaphore:
         for wait in (*RETRY_WAITS, None):
             try:
                 response = await client.chat_completion(messages, temperature=0, **options)
                 choice = response.choices[0]
-                answer = read_answer({**choice.message, "finish_reason": choice.finish_reason})
-                return keep(query, *answer)
+                answer = {**choice.message, "finish_reason": choice.finish_reason}
+                return keep(query, *read_answer(answer))
             except ERRORS as error:
                 status = getattr(getattr(error, "response", None), "status_code", 500)
                 if wait is None or (status != 429 and status < 500):  # a refusal stays one
@@ -328,7 +297,7 @@ async def ask_query(client, semaphore, query, messages, options, keep):
 
 
 async def ask_server(queries, args, served_model, headers, tokenizer, keep):
-    """Ask a server all queries, --concurrency at once."""
+    """Ask a server all queries, --concurrency at once, and `keep` the answers."""
     # The hub's own HTTP client refuses to work where HF_HUB_OFFLINE is set.
     limits = httpx2.Limits(max_connections=args.concurrency)
     huggingface_hub.set_async_client_factory(functools.partial(httpx2.AsyncClient, limits=limits))
@@ -344,11 +313,10 @@ async def ask_server(queries, args, served_model, headers, tokenizer, keep):
 
 
 def score_output(kind, reference, output):
-    """Published score of one output, in [0, 1]; both are tokens without special tokens.
+    """Published score, in [0, 1], of an output; both are tokens without special tokens.
 
-    Function calling: the longest contiguous run of tokens that both hold, over the reference's
-    length. Helpful exchange: the output's tokens that the reference holds, each at most as often
-    as there, over the output's length (ROUGE-1 precision). An empty output scores 0.
+    A call: the longest contiguous run of tokens that both hold, over the reference's length. Any
+    other turn: the tokens that both hold, over the output's length (ROUGE-1 precision).
     """
     if kind == "helpful_exchange":
         return (Counter(reference) & Counter(output)).total() / len(output) if output else 0.0
@@ -357,8 +325,7 @@ def score_output(kind, reference, output):
 
 
 def keep_answer(file, scorer, query, output, finish_reason, **more):
-    """Append a query's answer to an open file, where it outlives a kill, with its published score
-    in the tokens of `scorer`."""
+    """Append a query's answer and its published score to a file, where they outlive a kill."""
     prediction = {key: query[key] for key in ("conversation_id", "turn", "kind", "reference")}
     output = output.strip().encode(errors="replace").decode()  # no file holds lone surrogates
     texts = prediction["reference"], output
@@ -369,61 +336,58 @@ def keep_answer(file, scorer, query, output, finish_reason, **more):
     file.flush()
 
 
-def write_json(path, content):
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
 def begin_results(results_dir, run, args):
-    """Write run.json, and return the keys of what an interrupted evaluation has answered already.
-
-    Ends the program rather than replace another evaluation, or go on with it, unasked.
-    """
+    """Write run.json; return the keys of what is answered already. Ends the program rather than
+    replace another evaluation, or go on with it, unasked."""
     path, answered = results_dir / "predictions.jsonl", []
-    if path.exists() and not args.overwrite:
-        if not args.resume:
-            words = "--resume goes on with it, --rescore reports it again, --overwrite replaces it"
-            sys.exit(f"error: {results_dir} holds an evaluation: {words}")
+    if path.exists() and args.resume:
         earlier = read_json(results_dir / "run.json")
         changed = [key for key in RUN_KEYS if earlier.get(key) != run.get(key)]
         if changed:
             sys.exit(f"error: {results_dir} holds an evaluation of another {', '.join(changed)}")
         os.truncate(path, path.read_bytes().rfind(b"\n") + 1)  # of a torn last line
         answered = [p for p in read_jsonl(path, dict) if p["finish_reason"] != "failed"]
+    elif path.exists() and not args.overwrite:
+        words = "--resume goes on with it, --rescore reports it again, --overwrite replaces it"
+        sys.exit(f"error: {results_dir} holds an evaluation: {words}")
     results_dir.mkdir(parents=True, exist_ok=True)
-    for name in ["metrics.json"] + ["predictions.jsonl"] * args.overwrite:
+    for name in ["metrics.json", *["predictions.jsonl"] * args.overwrite]:
         (results_dir / name).unlink(missing_ok=True)
-    write_json(results_dir / "run.json", run)
+    (results_dir / "run.json").write_text(json.dumps(run, indent=2))
     return set(map(key_of, answered))
 
 
 def evaluate(args, results_dir, queries):
-    """Write run.json, and an answer to each query to predictions.jsonl: from a model, a server, or
-    a file of predictions."""
+    """Write run.json, and to predictions.jsonl what a model, a server or a file answers."""
+    name, adapter_dir, training_run, foreign, tokenizer = model_name(args.model), None, {}, [], None
     is_asked_here = not (args.server or args.predictions)
-    adapter_dir, training_run = None, {}
     if is_asked_here and not args.baseline:
-        adapter_dir, training_run = find_adapter(args)
+        adapter_dir = Path(args.adapter or f"LoRA_{name}-function_calling").expanduser()
+        with reading(f"{adapter_dir}, made by function_calling_train.py (or give --baseline)"):
+            training_run = json.loads((adapter_dir / "training_run.json").read_text())
+        if model_name(training_run["model"]) != name:
+            sys.exit(f"error: {adapter_dir} was trained on --model {training_run['model']}")
     revision = args.revision or training_run.get("commit")
     model_dir, commit = find_folder(args.model, revision, weights=is_asked_here)
     with reading(model_dir / "tokenizer.json"):
         scorer = Tokenizer.from_buffer((model_dir / "tokenizer.json").read_bytes())
-    run = {"model": model_name(args.model), "commit": commit, "limit": args.limit}
+    run = {"model": name, "commit": commit, "limit": args.limit}
     run |= {"test_split_sha256": sha256(args.test_file), "max_new_tokens": args.max_new_tokens}
     run["arguments"] = {key: str(value) for key, value in vars(args).items()}
     packages = ("torch", "transformers", "peft", "huggingface_hub")
     run["versions"] = {name: importlib.metadata.version(name) for name in packages}
     headers = {"authorization": f"Bearer {os.environ.get('OPENAI_API_KEY', 'EMPTY')}"}
     if args.predictions:
-        run["predictions_sha256"] = sha256(args.predictions)
         query_of = {key_of(query): query for query in queries}
-        read = lambda p: (query_of[key_of(p)], *read_answer(p))
-        foreign = read_jsonl(args.predictions, read)
+        run["predictions_sha256"] = sha256(args.predictions)
+        foreign = read_jsonl(args.predictions, lambda p: (query_of[key_of(p)], *read_answer(p)))
     else:
         import torch
         from transformers import AutoTokenizer, logging
 
         torch.backends.cuda.enable_cudnn_sdp(False)  # its masked bf16 attention is at times wrong
         logging.set_verbosity_error()
+        logging.disable_progress_bar()
         with reading(adapter_dir or model_dir):
             tokenizer = AutoTokenizer.from_pretrained(adapter_dir or model_dir)
     if args.server:
@@ -436,16 +400,14 @@ def evaluate(args, results_dir, queries):
     left = [query for query in queries if key_of(query) not in done]
     with open(results_dir / "predictions.jsonl", "a", encoding="utf-8") as file:
         keep = functools.partial(keep_answer, file, scorer)
-        if args.predictions:
-            for answer in foreign:
-                keep(*answer)
-        elif args.server:
-            asking = left, args, run["served_model"], headers, tokenizer, keep
-            asyncio.run(ask_server(*asking))
-        elif left:
+        for answer in foreign:
+            keep(*answer)
+        if args.server:
+            asyncio.run(ask_server(left, args, run["served_model"], headers, tokenizer, keep))
+        elif is_asked_here and left:
             with reading(adapter_dir or model_dir):
                 model = load_model(model_dir, adapter_dir, device, dtype)
-            ask_model(queries, done, model, tokenizer, args, keep)
+                ask_model(queries, done, model, tokenizer, args, keep)
 
 
 def read_literal(text):
@@ -459,49 +421,38 @@ def read_literal(text):
 
 
 def parse_calls(text):
-    """The calls of a turn, [{"name", "arguments"}, ...], as they stand between the tags.
-
-    No arguments, null and "" are {}. Raises ValueError, which says why, where any call of the turn
-    cannot be read: then the turn is malformed. Linear in the length of `text`.
-    """
+    """Return (the calls [{"name", "arguments"}, ...] of a turn, None), or ([], why one is none)."""
     _, *pieces = re.split("(</?tool_call>)", text)
     if pieces[::2] != ["<tool_call>", "</tool_call>"] * (len(pieces) // 4):
-        raise ValueError("a tag without its partner")
+        return [], "a tag without its partner"
     calls = []
-    for body in pieces[1::4]:
-        call = read_literal(body.strip())
-        name = call.get("name") if isinstance(call, dict) else None
-        if not isinstance(name, str) or not name:
-            raise ValueError("no object with a function name")
-        arguments = call.get("arguments")
-        if isinstance(arguments, str):
-            arguments = read_literal(arguments) if arguments.strip() else None
-        if not isinstance(arguments, dict | None):
-            raise ValueError("arguments are not an object")
-        try:  # in JSON a Python tuple is a list, and 1.0 may be written 1
-            text = json.dumps(arguments or {})
-            arguments = json.loads(
-                text, parse_float=lambda n: int(float(n)) if float(n).is_integer() else float(n)
-            )
-        except (TypeError, ValueError, RecursionError):
-            raise ValueError("a value that JSON does not know, or nested too deeply") from None
-        calls.append({"name": name, "arguments": arguments})
-    return calls
+    whole = {"parse_float": lambda text: int(n) if (n := float(text)).is_integer() else n}
+    try:
+        for call in map(read_literal, map(str.strip, pieces[1::4])):
+            name, arguments = call["name"], call.get("arguments")
+            if isinstance(arguments, str):
+                arguments = read_literal(arguments) if arguments.strip() else None
+            if not name or not isinstance(name, str) or not isinstance(arguments, dict | None):
+                raise TypeError
+            # As JSON: a Python tuple is a list, and 1.0 is 1.
+            arguments = json.loads(json.dumps(arguments or {}), **whole)
+            calls.append({"name": name, "arguments": arguments})
+    except (AttributeError, LookupError, TypeError):
+        return [], "no JSON object with a name and arguments"
+    except (ValueError, RecursionError) as error:
+        return [], str(error)
+    return calls, None
 
 
 def read_schema(part):
-    """One object of a declared schema in JSON Schema's own words, for json.loads to call.
-
-    Types are read in other spellings, and OpenAPI's "nullable"; null-valued keywords are left out.
-    Where names of arguments are patterns, any may be given.
-    """
+    """One object of a declared schema, as json.loads reads it, in JSON Schema's own words."""
     names = part.get("type")
     if isinstance(names, str | list):
         names = [str(name).lower() for name in ([names] if isinstance(names, str) else names)]
-        names += ["null"] * (part.get("nullable") is True)
+        names += ["null"] * (part.get("nullable") is True)  # OpenAPI's word
         names = list(dict.fromkeys(TYPE_NAMES.get(name, name) for name in names))
         part["type"] = None if "any" in names else names
-    if part.pop("patternProperties", None):
+    if part.pop("patternProperties", None):  # any name of an argument may be meant
         part["additionalProperties"] = True
     return {key: value for key, value in part.items() if value is not None and key != "$schema"}
 
@@ -516,39 +467,33 @@ def read_tools(tools_text):
         if isinstance(name, str) and name not in tools:
             schema = tools[name] = function.get("parameters", {})
             try:  # formats, and with them patterns, are not looked at
-                jsonschema.Draft202012Validator.check_schema(schema, jsonschema.FormatChecker(()))
+                Draft202012Validator.check_schema(schema, FormatChecker(()))
             except Exception:  # there is no closed list of what rubbish makes the library raise
                 tools[name] = None
     return tools
 
 
-def follow_reference(counter, validator, reference, instance, schema):
-    """The keyword "$ref", which leaves no schema and gives up where references never end."""
-    if not reference.startswith("#") or next(counter) > MAX_REFERENCES:
-        raise ValueError(f"{reference} leads too far")
-    return jsonschema.Draft202012Validator.VALIDATORS["$ref"](
-        validator, reference, instance, schema
-    )
-
-
 def find_problems(call, tools):
     """What the declared tools have against a call, as a list of words; None if it is unchecked."""
+
+    def follow(validator, reference, instance, schema):
+        """The keyword "$ref", which leaves no schema and gives up where references never end."""
+        if not reference.startswith("#") or next(counter) > MAX_REFERENCES:
+            raise ValueError
+        return Draft202012Validator.VALIDATORS["$ref"](validator, reference, instance, schema)
+
     if call["name"] not in tools:
         return ["unknown function"]
     schema, arguments = tools[call["name"]], call["arguments"]
-    follow = functools.partial(follow_reference, itertools.count())
-    keywords = {**dict.fromkeys(UNCHECKED), "$ref": follow}
-    validator = jsonschema.validators.extend(jsonschema.Draft202012Validator, keywords)
+    text, parts, counter = json.dumps(schema), [], itertools.count()
+    checker = extend(CHECKER, {"$ref": follow}) if "$ref" in text else CHECKER
     try:
-        kinds = {error.validator for error in validator(schema).iter_errors(arguments)}
+        kinds = {error.validator for error in checker(schema).iter_errors(arguments)}
         # An argument is to be declared here or, where the schema branches, in any part of it.
-        parts = [schema]
-        if BRANCHES & set(schema):
-            json.loads(json.dumps(schema), object_hook=lambda part: parts.append(part) or part)
-        is_open = any(part.get("additionalProperties", False) is not False for part in parts)
-        if not is_open and set(arguments).difference(
-            *(part.get("properties", ()) for part in parts)
-        ):
+        json.loads(text, object_hook=lambda part: parts.append(part) or part)
+        parts = parts if BRANCHES & set(schema) else [schema]
+        is_closed = all(part.get("additionalProperties", False) is False for part in parts)
+        if is_closed and set(arguments).difference(*(p.get("properties", ()) for p in parts)):
             kinds.add("additionalProperties")
     except Exception:  # a schema that is none, or only breaks when it is used
         return None
@@ -562,52 +507,45 @@ def find_problems(call, tools):
 def judge_turn(prediction, tools, seen_tools=None):
     """Judge one prediction by the tools of its conversation: a dict of verdicts.
 
-    "problems" holds what find_problems says of each call, "failure" is one of FAILURES or None, and
-    "counts" is what the query adds to METRICS, all of them ratios of two sums. A reference whose own
-    calls cannot be read judges no output.
+    Its "counts" are what the query adds to METRICS, which are ratios of two sums.
     """
-    sides, faults = [[], []], [None, None]
-    for side, key in enumerate(("reference", "output")):
-        try:
-            sides[side] = parse_calls(prediction[key])
-        except ValueError as reason:
-            faults[side] = str(reason)
-    wanted, calls = sides
-    problems = [find_problems(call, tools) for call in calls]
-    checked = [found for found in problems if found is not None]
+
+    def agree(*keys):
+        """Whether output and reference hold the same calls, as far as `keys` go, in any order."""
+        sides = ([[call[key] for key in keys] for call in side] for side in (wanted, calls))
+        return operator.eq(*(Counter(json.dumps(c, sort_keys=True) for c in s) for s in sides))
+
+    wanted, faulty = parse_calls(prediction["reference"])
+    calls, malformed = parse_calls(prediction["output"])
+    problems, reason = [find_problems(call, tools) for call in calls], prediction["finish_reason"]
     counts = {prediction["kind"]: (prediction["score"], 1)}
-    counts["valid_call"] = checked.count([]), len(checked)
-    verdict = {"faulty_reference": faults[0], "malformed_reason": faults[1], "failure": None}
+    counts["valid_call"] = problems.count([]), len(problems) - problems.count(None)
+    verdict = {"faulty_reference": faulty, "malformed_reason": malformed, "failure": None}
     verdict |= {"problems": problems, "counts": counts}
-    needed = "call needed" if wanted else "reference unreadable" if faults[0] else "no call needed"
-    said = "malformed" if faults[1] else "call" if calls else "no call"
-    verdict["decision"] = f"{needed}: {said}"
-    if faults[0]:
+    if faulty:  # by which no output is judged
         return verdict
-    hit, attempt = bool(wanted and calls), said != "no call"  # a malformed call is no hit
-    counts |= {"precision": (hit, attempt), "recall": (hit, bool(wanted))}
-    counts["f1"] = 2 * hit, attempt + bool(wanted)
-    texts = [[(c["name"], json.dumps(c["arguments"], sort_keys=True)) for c in s] for s in sides]
-    names, arguments = (
-        [sorted(text[place] for text in side) for side in texts] for place in (0, 1)
-    )
-    is_right = bool(wanted) and sorted(texts[0]) == sorted(texts[1])  # in whatever order
-    if wanted:
-        counts |= {"name_right": (names[0] == names[1], 1), "turn_right": (is_right, 1)}
-        counts["arguments_right"] = arguments[0] == arguments[1], 1
-        group = "seen" if set(names[0]) <= (seen_tools or set()) else "unseen"
-        counts |= {} if seen_tools is None else {f"turn_right_{group}_tools": (is_right, 1)}
-    if prediction["finish_reason"] != "end_of_turn" and not is_right:
-        is_failed = prediction["finish_reason"] == "failed"
-        verdict["failure"] = "failed" if is_failed else "truncated"
-    elif said == "malformed":
+    needed, hit, attempt = bool(wanted), bool(wanted and calls), bool(calls or malformed)
+    counts |= {
+        "precision": (hit, attempt),
+        "recall": (hit, needed),
+        "f1": (2 * hit, attempt + needed),
+    }
+    is_right = agree("name", "arguments") and not malformed
+    if needed:
+        counts |= {"name_right": (agree("name"), 1), "arguments_right": (agree("arguments"), 1)}
+        counts["turn_right"] = is_right, 1
+        if seen_tools is not None:
+            group = "seen" if {call["name"] for call in wanted} <= seen_tools else "unseen"
+            counts[f"turn_right_{group}_tools"] = is_right, 1
+    if reason != "end_of_turn" and not (needed and is_right):
+        verdict["failure"] = "failed" if reason == "failed" else "truncated"
+    elif malformed:
         verdict["failure"] = "malformed"
     elif len(calls) != len(wanted):
-        verdict["failure"] = (
-            "unneeded_call" if not wanted else "wrong_count" if calls else "no_call"
-        )
-    elif wanted and not is_right:
-        verdict["failure"] = "wrong_arguments" if names[0] == names[1] else "wrong_function"
+        count = "wrong_count" if calls else "no_call"
+        verdict["failure"] = count if needed else "unneeded_call"
+    elif not is_right:
+        verdict["failure"] = "wrong_arguments" if agree("name") else "wrong_function"
     return verdict
 
 
@@ -615,11 +553,11 @@ def estimate(counts, base=None):
     """Value, n and 95 % bootstrap interval of each metric: {metric: {"value", "n", "interval"}}.
 
     `counts` maps (conversation id, turn) to {metric: (numerator, denominator)}. Conversations are
-    resampled, 2,000 times: the turns of one are not independent. With `base`, the counts of another
-    model on the same queries, it is the paired difference to that model.
+    resampled, for the turns of one are not independent. With `base`, the counts of another model on
+    the same queries, it is the paired difference to that model.
     """
-    values, resampled = [], []
-    for side in [counts, base] if base else [counts]:
+    values, resampled = 0, 0
+    for sign, side in ((-1, base), (1, counts)) if base else ((1, counts),):
         sums = {conversation_id: numpy.zeros((len(METRICS), 2)) for conversation_id, _ in side}
         for (conversation_id, _), pairs in side.items():
             for metric, pair in pairs.items():
@@ -629,89 +567,69 @@ def estimate(counts, base=None):
         drawn = numpy.random.default_rng(0).multinomial(len(sums), share, size=2000).astype(float)
         total, totals = sums.sum(axis=0), numpy.einsum("rc,cmp->rmp", drawn, sums, optimize=True)
         with numpy.errstate(invalid="ignore", divide="ignore"):
-            values.append(total[:, 0] / total[:, 1])
-            resampled.append(totals[..., 0] / totals[..., 1])
-    if base:
-        values, resampled = [values[0] - values[1]], [resampled[0] - resampled[1]]
+            values = values + sign * total[:, 0] / total[:, 1]
+            resampled = resampled + sign * totals[..., 0] / totals[..., 1]
     result = {}
-    for place, metric in enumerate(METRICS):
-        if not numpy.isnan(values[0][place]):
-            interval = numpy.nanpercentile(resampled[0][:, place], [2.5, 97.5]).tolist()
-            result[metric] = {"value": float(values[0][place]), "n": int(total[place, 1])}
-            result[metric]["interval"] = interval
+    for place in numpy.flatnonzero(~numpy.isnan(values)):
+        low, high = numpy.nanpercentile(resampled[:, place], [2.5, 97.5])
+        result[METRICS[place]] = {"value": float(values[place]), "n": int(total[place, 1])}
+        result[METRICS[place]]["interval"] = [float(low), float(high)]
     return result
 
 
 def read_predictions(path, queries):
     """Return the predictions of a file in the order of the split, the last one for each query."""
-    with reading(path):
-        found = {key_of(prediction): prediction for prediction in read_jsonl(path, dict)}
+    found = {key_of(prediction): prediction for prediction in read_jsonl(path, dict)}
+    if not found:
+        sys.exit(f"error: {path} holds no prediction")
     return [found[key_of(query)] for query in queries if key_of(query) in found]
-
-
-def read_seen_tools(test_file):
-    """The tools that the train split beside the test split declares or calls; None without it."""
-    path, seen = test_file.with_name("function_calling_train.jsonl"), set()
-    for query in read_queries(path) if path.is_file() else ():
-        seen.update(read_tools(query["tools"]))
-        with contextlib.suppress(ValueError):
-            seen.update(call["name"] for call in parse_calls(query["reference"]))
-    return seen if path.is_file() else None
 
 
 def judge_predictions(predictions, tools_of, seen_tools):
     """Judge predictions: (verdicts in their order, the report, {query: its counts}).
 
-    `tools_of` maps a conversation id to its declared tools as JSON text. `seen_tools` is the set of
-    tool names of the train split, or None without one.
+    `tools_of` maps a conversation id to its tools as JSON text, `seen_tools` are the names of those
+    of the train split, or None without one.
     """
-    tools = [read_tools(tools_of[prediction["conversation_id"]]) for prediction in predictions]
-    verdicts = [judge_turn(p, t, seen_tools) for p, t in zip(predictions, tools, strict=True)]
-    counts = {key_of(p): v["counts"] for p, v in zip(predictions, verdicts, strict=True)}
-    failures = Counter(verdict["failure"] for verdict in verdicts)
+    verdicts, counts = [], {}
+    for prediction in predictions:
+        tools = read_tools(tools_of[prediction["conversation_id"]])
+        verdicts.append(judge_turn(prediction, tools, seen_tools))
+        counts[key_of(prediction)] = verdicts[-1]["counts"]
+    report = {"queries": len(predictions), "scores": estimate(counts)}
+    for key in ("failure", "malformed_reason", "faulty_reference"):
+        report[f"{key}s"] = Counter(verdict[key] for verdict in verdicts if verdict[key])
     of_calls = [problems for verdict in verdicts for problems in verdict["problems"]]
-    report = {
-        "queries": len(predictions),
-        "scores": estimate(counts),
-        "decisions": Counter(verdict["decision"] for verdict in verdicts),
-        "failures": {failure: failures[failure] for failure in FAILURES},
-        "malformed_reasons": Counter(
-            v["malformed_reason"] for v in verdicts if v["malformed_reason"]
-        ),
-        "problems": Counter(itertools.chain(*filter(None, of_calls))),
-        "unchecked_calls": of_calls.count(None),
-        "faulty_references": sum(verdict["faulty_reference"] is not None for verdict in verdicts),
-        "finish_reasons": Counter(prediction["finish_reason"] for prediction in predictions),
-    }
+    report["problems"] = Counter(itertools.chain(*filter(None, of_calls)))
+    report["unchecked_calls"] = of_calls.count(None)
+    report["finish_reasons"] = Counter(p["finish_reason"] for p in predictions)
     return verdicts, report, counts
 
 
 def format_report(name, runs, difference):
     """The report as text. `runs` maps "base", if there is one, and the label to their reports."""
-
-    def cell(entry, sign=""):
-        low, high = entry["interval"] if entry else (0, 0)
-        value = f"{entry['value']:{sign}.3f} [{low:{sign}.3f}, {high:{sign}.3f}]" if entry else "-"
-        return f"{value:>25}"
-
-    titles = "".join(f"{title[-24:]:>25}" for title in [*runs, "difference"])
-    lines = [f"{'':35}{'n':>10}{titles} published"]
+    columns = [(label[-24:], report["scores"], "") for label, report in runs.items()]
+    columns.append(("difference", difference, "+"))
+    lines = [
+        f"{'':24}{'n':>12}" + "".join(f"{title:>25}" for title, _, _ in columns) + "  published"
+    ]
     for place, metric in enumerate(METRICS):
-        entries = [report["scores"].get(metric) for report in runs.values()]
-        n = "/".join(dict.fromkeys(f"{entry['n']:,}" for entry in entries if entry))
-        cells = "".join([*map(cell, entries), cell(difference.get(metric), "+")])
-        figures = [str(pair[place]) for pair in PUBLISHED.get(name, {}).values() if place < 2]
-        lines.append(f"{metric.replace('_', ' '):35}{n:>10}{cells} {' / '.join(figures)}")
-    for label, report in runs.items():
-        for part in ("failures", "problems", "decisions", "malformed_reasons", "finish_reasons"):
-            counts = ", ".join(f"{n:,} {key}" for key, n in report[part].items() if n)
-            lines.append(f"{label}, {part}: {counts or 'none'}".replace("_", " "))
-        counts = report["unchecked_calls"], report["faulty_references"]
-        lines.append(
-            "{}, left out: {:,} calls of unreadable tools, {:,} unreadable references".format(
-                label, *counts
-            )
+        n = dict.fromkeys(
+            f"{r['scores'][metric]['n']:,}" for r in runs.values() if metric in r["scores"]
         )
+        line = f"{metric.replace('_', ' '):24}{'/'.join(n):>12}"
+        for _, scores, sign in columns:
+            entry = scores.get(metric, {"value": math.nan, "interval": [math.nan] * 2})
+            numbers = [f"{number:{sign}.3f}" for number in (entry["value"], *entry["interval"])]
+            line += "{:>10} [{}, {}]".format(*numbers)
+        figures = [str(pair[place]) for pair in PUBLISHED.get(name, {}).values() if place < 2]
+        lines.append(f"{line}  {' / '.join(figures)}")
+    for label, report in runs.items():
+        lines += ["", f"{label}: {report['queries']:,} queries"]
+        lines.append(f"  calls of tools that cannot be read: {report['unchecked_calls']:,}")
+        for key in ("failures", "problems", "malformed_reasons", "faulty_references"):
+            counts = ", ".join(f"{n:,} {words}" for words, n in report[key].most_common())
+            lines.append(f"  {key}: {counts or 'none'}".replace("_", " "))
     return "\n".join(lines)
 
 
@@ -723,17 +641,17 @@ def plot_comparison(runs, name, path):
     for which, figures in PUBLISHED.get(name, {}).items():
         scores = {METRICS[n]: {"value": v, "interval": (v, v)} for n, v in enumerate(figures)}
         series[f"published, {which}"] = scores
+    plt.rcParams["text.parse_math"] = False  # a name may hold a "$"
     figure, axes = plt.subplots(figsize=(9, 9), layout="constrained")
     for place, (label, scores) in enumerate(series.items()):
-        height = 0.8 / len(series)
-        rows = [METRICS.index(metric) + height * (place + 0.5) - 0.4 for metric in scores]
+        shift, height = 0.8 * (place + 0.5) / len(series) - 0.4, 0.8 / len(series)
         values = numpy.array([entry["value"] for entry in scores.values()])
         reach = numpy.abs(numpy.array([entry["interval"] for entry in scores.values()]).T - values)
-        bars = axes.barh(rows, values, height, xerr=reach, label=label.replace("$", r"\$"))
+        rows = [METRICS.index(metric) + shift for metric in scores]
+        bars = axes.barh(rows, values, height, xerr=reach, label=label)
         axes.bar_label(bars, fmt="%.3f", padding=3)
     axes.set_yticks(range(len(METRICS)), [metric.replace("_", " ") for metric in METRICS])
-    axes.set(xlim=(0, 1.15), ylim=(len(METRICS) - 0.5, -0.5))
-    axes.set_title(f"{name}: scores with 95 % intervals".replace("$", r"\$"))
+    axes.set(xlim=(0, 1.15), ylim=(len(METRICS) - 0.5, -0.5), title=f"{name}: 95 % intervals")
     figure.legend(loc="outside lower center", ncols=3)
     figure.savefig(path)
     plt.close(figure)
@@ -751,28 +669,32 @@ def main(argv=None):
     if not args.rescore:
         chosen = set(list(tools_of)[: args.limit])
         evaluate(args, results_dir, [q for q in queries if q["conversation_id"] in chosen])
-
-    seen_tools, base_dir = read_seen_tools(args.test_file), results_dir.with_name("base")
     run = read_json(results_dir / "run.json")
     if run["test_split_sha256"] != sha256(args.test_file):
         sys.exit(f"error: {results_dir} is of another test split than {args.test_file}")
+
+    train_file, seen_tools = args.test_file.with_name("function_calling_train.jsonl"), None
+    if train_file.is_file():
+        train = read_queries(train_file)
+        calls = itertools.chain(*(parse_calls(query["reference"])[0] for query in train))
+        seen_tools = {call["name"] for call in calls}
+        seen_tools.update(*(read_tools(query["tools"]) for query in train))
     predictions = read_predictions(results_dir / "predictions.jsonl", queries)
     verdicts, report, counts = judge_predictions(predictions, tools_of, seen_tools)
-    runs, difference = {label: report}, {}
+    runs, difference, base_dir = {label: report}, {}, results_dir.with_name("base")
     if label != "base" and (base_dir / "metrics.json").is_file():
         base_run = read_json(base_dir / "run.json")
-        differing = [key for key in COMPARED_KEYS if run[key] != base_run[key]]
-        if differing:
-            print(f"note: {base_dir} is of another {', '.join(differing)}, and is not compared")
-        else:
-            base = read_predictions(base_dir / "predictions.jsonl", queries)
-            _, base_report, base_counts = judge_predictions(base, tools_of, seen_tools)
-            common = [key for key in counts if key in base_counts]
+        base = read_predictions(base_dir / "predictions.jsonl", queries)
+        _, base_report, base_counts = judge_predictions(base, tools_of, seen_tools)
+        common = [key for key in counts if key in base_counts]
+        if common and all(run[key] == base_run[key] for key in COMPARED_KEYS):
             sides = [{key: side[key] for key in common} for side in (counts, base_counts)]
             runs, difference = {"base": base_report, label: report}, estimate(*sides)
+        else:
+            print(f"note: {base_dir} is of another {', '.join(COMPARED_KEYS)} or of other queries")
     plot_comparison(runs, name, results_dir.parent / "comparison.png")
     report |= {"difference_to_base": difference, "run": run}
-    write_json(results_dir / "metrics.json", report)
+    (results_dir / "metrics.json").write_text(json.dumps(report, indent=2))
     print(f"Written to  {results_dir}/\n\n{format_report(name, runs, difference)}")
     wrong = [(v["failure"], p) for p, v in zip(predictions, verdicts, strict=True) if v["failure"]]
     for failure, p in random.Random(0).sample(wrong, min(args.show_failures, len(wrong))):
@@ -786,7 +708,5 @@ def main(argv=None):
 if __name__ == "__main__":
     try:
         main()
-    except KeyboardInterrupt:
-        sys.exit("interrupted: the same command with --resume goes on")
-    except OSError as error:
+    except (KeyboardInterrupt, OSError) as error:  # --resume goes on
         sys.exit(f"error: {one_line(error)}")

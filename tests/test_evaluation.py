@@ -231,7 +231,7 @@ def test_base_and_tuned_of_different_queries_are_compared_on_those_both_answered
     n = metrics["scores"]["function_calling"]["n"]
     assert metrics["queries"] < 14 and metrics["difference_to_base"]["function_calling"]["n"] == n < 6
     evaluate("--overwrite", "--max-new-tokens", "5")  # outputs of another length are no comparison
-    assert "is of another max_new_tokens" in capsys.readouterr().out
+    assert "base is of another commit, test_split_sha256, max_new_tokens" in capsys.readouterr().out
 
 
 def test_batch_sizes_change_no_output_nor_does_bf16_change_the_form(evaluate, tmp_path):
@@ -261,7 +261,7 @@ def test_a_killed_evaluation_goes_on_and_equals_an_undisturbed_one(evaluate, spl
         file.write('{"conversation_id": "torn')
     with pytest.raises(SystemExit, match="holds an evaluation: --resume goes on"):
         evaluate(output=tmp_path / "cut")
-    with pytest.raises(SystemExit, match="evaluation of another limit, max_new_tokens"):
+    with pytest.raises(SystemExit, match="evaluation of another max_new_tokens, limit"):
         evaluate("--resume", "--limit", "3", "--max-new-tokens", "9", output=tmp_path / "cut")
     evaluate("--resume", "--batch-size", "2", output=tmp_path / "cut")
     lines = path.read_text().splitlines()
@@ -308,8 +308,8 @@ def test_mistakes_end_in_one_line(tiny_model, splits, tuned, tmp_path):
     (tmp_path / "no model").mkdir()
     for flags, words in [
         (["--model", tiny_model, *test_file], ["function_calling_train.py", "--baseline"]),
-        (["--model", tiny_model], ["prepare_function_calling_dataset.py first"]),
-        (["--model", "google/other", "--adapter", adapter, *test_file], ["was trained on", str(tiny_model)]),
+        (["--model", tiny_model], ["processed_data/function_calling_test.jsonl"]),
+        (["--model", "google/other", "--adapter", adapter, *test_file], ["trained on", str(tiny_model)]),
         (["--model", tmp_path / "no model", "--baseline", *test_file], ["no model", "tokenizer.json"]),
         (["--model", "google/not-in-the-cache", "--baseline", *test_file], ["google/not-in-the-cache"]),
         (["--model", tiny_model, "--adapter", tmp_path / "no model", *test_file], ["training_run.json"]),

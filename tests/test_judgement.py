@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 import evaluation
 
 
-def call(name="f", **arguments):
+def call(name="f", /, **arguments):
     return f"<tool_call>\n{json.dumps({'name': name, 'arguments': arguments})}\n</tool_call>"
 
 
@@ -61,7 +61,7 @@ def problems_of(parameters, name="f", **arguments):
     ],
 )
 def test_calls_are_read_as_json_or_python_literals(text, calls):
-    assert evaluation.parse_calls(text) == [{"name": n, "arguments": a} for n, a in calls]
+    assert evaluation.parse_calls(text) == ([{"name": n, "arguments": a} for n, a in calls], None)
 
 
 @pytest.mark.parametrize(
@@ -74,21 +74,21 @@ def test_calls_are_read_as_json_or_python_literals(text, calls):
         ("</tool_call><tool_call>", "a tag without its partner"),
         ("<tool_call></tool_call>", "neither JSON nor a Python literal"),
         ("<tool_call>f(a=1)</tool_call>", "neither JSON nor a Python literal"),
-        ("<tool_call>[1]</tool_call>", "no object with a function name"),
-        ('<tool_call>{"arguments": {}}</tool_call>', "no object with a function name"),
-        ('<tool_call>{"name": 3}</tool_call>', "no object with a function name"),
-        ('<tool_call>{"name": "f", "arguments": [1]}</tool_call>', "arguments are not an object"),
-        ('<tool_call>{"name": "f", "arguments": 0}</tool_call>', "arguments are not an object"),
+        ("<tool_call>[1]</tool_call>", "no JSON object with a name and arguments"),
+        ('<tool_call>{"arguments": {}}</tool_call>', "no JSON object with a name and arguments"),
+        ('<tool_call>{"name": 3}</tool_call>', "no JSON object with a name and arguments"),
+        ('<tool_call>{"name": "f", "arguments": [1]}</tool_call>', "no JSON object with a name"),
+        ('<tool_call>{"name": "f", "arguments": 0}</tool_call>', "no JSON object with a name"),
         ('<tool_call>{"name": "f", "arguments": "Paris"}</tool_call>', "neither JSON"),
-        ("<tool_call>{'name': 'f', 'arguments': {'a': {1, 2}}}</tool_call>", "JSON does not know"),
+        ("<tool_call>{'name': 'f', 'arguments': {'a': {1, 2}}}</tool_call>", "no JSON object"),
         (call("f") + "<tool_call>oops</tool_call>", "neither JSON"),  # it spoils the turn
     ],
 )
 def test_anything_else_is_malformed_with_a_reason(text, reason):
-    with pytest.raises(ValueError, match=reason):
-        evaluation.parse_calls(text)
+    calls, why = evaluation.parse_calls(text)
+    assert calls == [] and reason in why
     assert judge(call("f"), text)["failure"] == "malformed"
-    assert judge(text, text)["faulty_reference"] if "<tool_call>" in text else True
+    assert judge(text, text)["faulty_reference"] == why and judge(text, text)["failure"] is None
 
 
 @pytest.mark.parametrize("depth", [50, 200, 900, 5_000, 100_000])
@@ -349,13 +349,10 @@ TOOLS_OF = {"1": json.dumps([BOOK]), "2": json.dumps([BOOK]), "3": FLY, "4": FLY
 
 def test_the_report_counts_what_was_worked_out_by_hand():
     verdicts, report, _ = evaluation.judge_predictions(PREDICTIONS, TOOLS_OF, seen_tools={"book"})
-    assert report["decisions"] == {
-        "call needed: call": 2, "call needed: no call": 1, "call needed: malformed": 1,
-        "no call needed: call": 1, "no call needed: no call": 1, "no call needed: malformed": 1,
-        "reference unreadable: call": 1}
-    failures = {key: n for key, n in report["failures"].items() if n}
-    assert failures == {"no_call": 1, "unneeded_call": 1, "malformed": 2, "wrong_arguments": 1}
-    assert report["queries"] == 8 and report["faulty_references"] == 1
+    failures = {"no_call": 1, "unneeded_call": 1, "malformed": 2, "wrong_arguments": 1}
+    assert report["queries"] == 8 and report["failures"] == failures
+    assert report["faulty_references"] == {"neither JSON nor a Python literal": 1}
+    assert report["finish_reasons"] == {"end_of_turn": 8}
     assert report["problems"] == {"unknown function": 1}  # conversation 5 declares no tool
     values = {metric: (entry["value"], entry["n"]) for metric, entry in report["scores"].items()}
     assert values == {
@@ -368,14 +365,10 @@ def test_the_report_counts_what_was_worked_out_by_hand():
     assert "turn_right_seen_tools" not in evaluation.judge_predictions(PREDICTIONS, TOOLS_OF, None)[1]["scores"]
 
 
-def test_a_turn_of_mixed_tools_is_about_unseen_ones_and_a_called_tool_is_a_seen_one(tmp_path):
+def test_a_turn_of_mixed_tools_is_about_unseen_ones():
     both = predict(call("book", city="Oslo") + call("fly", to="Rome"), "No.")
     _, report, _ = evaluation.judge_predictions([both], {"1": "[]"}, {"book"})
     assert report["scores"]["turn_right_unseen_tools"]["n"] == 1
-    messages = [{"role": "user", "content": "x"}, {"role": "assistant", "content": call("undeclared")}]
-    row = {"id": "1", "tools": json.dumps([BOOK]), "messages": messages}
-    (tmp_path / "function_calling_train.jsonl").write_text(json.dumps(row))
-    assert evaluation.read_seen_tools(tmp_path / "test.jsonl") == {"book", "undeclared"}
 
 
 def test_intervals_resample_conversations_not_turns():
@@ -445,7 +438,8 @@ def test_predictions_of_a_server_are_scored_as_text_without_torch(tmp_path, tiny
     printed = run_without_torch(*arguments, cwd=tmp_path)
     results = tmp_path / "evaluation_results" / tiny_model.name / "server"
     metrics = json.loads((results / "metrics.json").read_text())
-    assert metrics["scores"]["turn_right"]["value"] == 5 / 6 and metrics["failures"]["truncated"] == 1
+    assert metrics["scores"]["turn_right"]["value"] == 5 / 6
+    assert metrics["failures"] == {"truncated": 1}
     assert metrics["scores"]["function_calling"]["value"] > 5 / 6
     assert metrics["scores"]["helpful_exchange"]["value"] == pytest.approx(5 / 6, abs=0.1)
     assert metrics["scores"]["turn_right_seen_tools"]["n"] == 3
