@@ -52,6 +52,8 @@ TYPE_NAMES = {"dict": "object", "list": "array", "tuple": "array", "str": "strin
 TYPE_NAMES |= {"int": "integer", "float": "number", "double": "number", "bool": "boolean"}
 UNCHECKED = ["pattern", "uniqueItems", "$dynamicRef", "unevaluatedProperties", "unevaluatedItems"]
 CHECKER = extend(Draft202012Validator, dict.fromkeys(UNCHECKED))  # these can take for ever
+PROBLEMS = {"required": "required argument missing"}
+PROBLEMS["additionalProperties"] = "argument not declared"  # any other keyword: "wrong type"
 BRANCHES = {"allOf", "anyOf", "oneOf", "if", "dependentSchemas", "$ref"}
 MAX_REFERENCES = 1000  # of a declared schema, followed while one call is checked
 RETRY_WAITS = (1, 2, 4, 8, 16)  # seconds before a server is asked again
@@ -359,10 +361,11 @@ def begin_results(results_dir, run, args):
 
 def evaluate(args, results_dir, queries):
     """Write run.json, and to predictions.jsonl what a model, a server or a file answers."""
-    name, adapter_dir, training_run, foreign, tokenizer = model_name(args.model), None, {}, [], None
-    is_asked_here = not (args.server or args.predictions)
+    name, is_asked_here = model_name(args.model), not (args.server or args.predictions)
+    adapter_dir, training_run, foreign = None, {}, []
     if is_asked_here and not args.baseline:
-        adapter_dir = Path(args.adapter or f"LoRA_{name}-function_calling").expanduser()
+        default = Path(f"LoRA_{name}-function_calling")
+        adapter_dir = find_folder(args.adapter)[0] if args.adapter else default
         with reading(f"{adapter_dir}, made by function_calling_train.py (or give --baseline)"):
             training_run = json.loads((adapter_dir / "training_run.json").read_text())
         if model_name(training_run["model"]) != name:
@@ -497,11 +500,7 @@ def find_problems(call, tools):
             kinds.add("additionalProperties")
     except Exception:  # a schema that is none, or only breaks when it is used
         return None
-    words = {
-        "required": "required argument missing",
-        "additionalProperties": "argument not declared",
-    }
-    return sorted({words.get(kind, "wrong type") for kind in kinds})
+    return sorted({PROBLEMS.get(kind, "wrong type") for kind in kinds})
 
 
 def judge_turn(prediction, tools, seen_tools=None):
@@ -525,11 +524,8 @@ def judge_turn(prediction, tools, seen_tools=None):
     if faulty:  # by which no output is judged
         return verdict
     needed, hit, attempt = bool(wanted), bool(wanted and calls), bool(calls or malformed)
-    counts |= {
-        "precision": (hit, attempt),
-        "recall": (hit, needed),
-        "f1": (2 * hit, attempt + needed),
-    }
+    counts |= {"precision": (hit, attempt), "recall": (hit, needed)}
+    counts["f1"] = 2 * hit, attempt + needed
     is_right = agree("name", "arguments") and not malformed
     if needed:
         counts |= {"name_right": (agree("name"), 1), "arguments_right": (agree("arguments"), 1)}
@@ -610,13 +606,10 @@ def format_report(name, runs, difference):
     """The report as text. `runs` maps "base", if there is one, and the label to their reports."""
     columns = [(label[-24:], report["scores"], "") for label, report in runs.items()]
     columns.append(("difference", difference, "+"))
-    lines = [
-        f"{'':24}{'n':>12}" + "".join(f"{title:>25}" for title, _, _ in columns) + "  published"
-    ]
+    lines = [f"{'':24}{'n':>12}{''.join(f'{title:>25}' for title, _, _ in columns)}  published"]
     for place, metric in enumerate(METRICS):
-        n = dict.fromkeys(
-            f"{r['scores'][metric]['n']:,}" for r in runs.values() if metric in r["scores"]
-        )
+        entries = [report["scores"].get(metric, {"n": 0}) for report in runs.values()]
+        n = dict.fromkeys(f"{entry['n']:,}" for entry in entries)
         line = f"{metric.replace('_', ' '):24}{'/'.join(n):>12}"
         for _, scores, sign in columns:
             entry = scores.get(metric, {"value": math.nan, "interval": [math.nan] * 2})
@@ -669,6 +662,8 @@ def main(argv=None):
     if not args.rescore:
         chosen = set(list(tools_of)[: args.limit])
         evaluate(args, results_dir, [q for q in queries if q["conversation_id"] in chosen])
+    elif not (results_dir / "metrics.json").is_file():
+        sys.exit(f"error: {results_dir} holds no finished evaluation: begin one, or --resume it")
     run = read_json(results_dir / "run.json")
     if run["test_split_sha256"] != sha256(args.test_file):
         sys.exit(f"error: {results_dir} is of another test split than {args.test_file}")

@@ -1,7 +1,6 @@
 """Step 3: the published scores; loading and asking a model; what is written, resumed and refused."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -9,7 +8,7 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, assert_fails_in_one_line, make_model, run_script
+from conftest import ROOT, assert_fails_in_one_line, run_script
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -165,7 +164,7 @@ def test_a_batch_answers_40_prompts_as_each_is_answered_alone(tiny_model):
     answers = evaluation.generate_batch(model, tokenizer, prompts, stop_ids, 30)
     texts = [tokenizer.decode(output, skip_special_tokens=True) for output, _ in expected]
     reasons = ["end_of_turn" if ended else "max_new_tokens" for _, ended in expected]
-    assert answers == list(zip(texts, reasons)) and len(set(reasons)) == 2
+    assert answers == list(zip(texts, reasons, strict=True)) and len(set(reasons)) == 2
 
 
 # The second is PyTorch's own words for an Apple GPU, shortened; it has no type of its own there.
@@ -255,6 +254,8 @@ def test_a_killed_evaluation_goes_on_and_equals_an_undisturbed_one(evaluate, spl
         time.sleep(0.05)
     process.send_signal(signal.SIGKILL)
     process.wait()
+    with pytest.raises(SystemExit, match="no finished evaluation: begin one, or --resume it"):
+        evaluate("--rescore", output=tmp_path / "cut")
     answered = path.read_bytes().count(b"\n")
     assert 4 <= answered < 14 and not (cut / "metrics.json").exists()
     with open(path, "a") as file:
@@ -315,7 +316,7 @@ def test_mistakes_end_in_one_line(tiny_model, splits, tuned, tmp_path):
         (["--model", tiny_model, "--adapter", tmp_path / "no model", *test_file], ["training_run.json"]),
         (["--model", tiny_model, "--predictions", "p.jsonl", *test_file], ["p.jsonl, line 1"]),
         (["--model", tiny_model, "--predictions", "q.jsonl", *test_file], ["q.jsonl"]),
-        (["--model", tiny_model, "--rescore", *test_file], ["run.json"]),
+        (["--model", tiny_model, "--rescore", *test_file], ["no finished evaluation"]),
     ]:
         assert_fails_in_one_line(run_script(SCRIPT, *flags, cwd=tmp_path), *words)
     for flags in (["--baseline", "--adapter", "x"], ["--resume", "--overwrite"], ["--limit", "0"], ["--batch", "1"]):

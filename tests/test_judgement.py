@@ -473,6 +473,7 @@ def test_4000_predictions_are_scored_again_in_seconds_to_the_last_digit(tmp_path
         (results / "predictions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         run = {"test_split_sha256": evaluation.sha256(test_file), "commit": "abc", "max_new_tokens": 256}
         (results / "run.json").write_text(json.dumps(run))
+        (results / "metrics.json").touch()
     run_without_torch("--rescore", "--baseline", cwd=tmp_path)
     start = time.perf_counter()
     printed = run_without_torch("--rescore", cwd=tmp_path)
