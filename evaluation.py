@@ -19,7 +19,6 @@ import hashlib
 import importlib.metadata
 import itertools
 import json
-import math
 import operator
 import os
 import random
@@ -602,42 +601,31 @@ def judge_predictions(predictions, tools_of, seen_tools):
     return verdicts, report, counts
 
 
-def format_report(name, runs, difference):
-    """The report as text. `runs` maps "base", if there is one, and the label to their reports."""
-    columns = [(label[-24:], report["scores"], "") for label, report in runs.items()]
-    columns.append(("difference", difference, "+"))
-    lines = [f"{'':24}{'n':>12}{''.join(f'{title:>25}' for title, _, _ in columns)}  published"]
+def format_scores(columns, figures):
+    """A table of scores; `columns` maps titles to what estimate returns, `figures` are published."""
+    rows = [["", "n", *columns, "published"]]
     for place, metric in enumerate(METRICS):
-        entries = [report["scores"].get(metric, {"n": 0}) for report in runs.values()]
-        n = dict.fromkeys(f"{entry['n']:,}" for entry in entries)
-        line = f"{metric.replace('_', ' '):24}{'/'.join(n):>12}"
-        for _, scores, sign in columns:
-            entry = scores.get(metric, {"value": math.nan, "interval": [math.nan] * 2})
-            numbers = [f"{number:{sign}.3f}" for number in (entry["value"], *entry["interval"])]
-            line += "{:>10} [{}, {}]".format(*numbers)
-        figures = [str(pair[place]) for pair in PUBLISHED.get(name, {}).values() if place < 2]
-        lines.append(f"{line}  {' / '.join(figures)}")
-    for label, report in runs.items():
-        lines += ["", f"{label}: {report['queries']:,} queries"]
-        lines.append(f"  calls of tools that cannot be read: {report['unchecked_calls']:,}")
-        for key in ("failures", "problems", "malformed_reasons", "faulty_references"):
-            counts = ", ".join(f"{n:,} {words}" for words, n in report[key].most_common())
-            lines.append(f"  {key}: {counts or 'none'}".replace("_", " "))
-    return "\n".join(lines)
+        entries = {title: scores[metric] for title, scores in columns.items() if metric in scores}
+        n = "/".join(dict.fromkeys(f"{entry['n']:,}" for entry in entries.values()))
+        rows.append([metric.replace("_", " "), n])
+        for title in columns:
+            sign, entry = "+" if title == "difference" else "", entries.get(title)
+            numbers = [entry["value"], *entry["interval"]] if entry else []
+            cell = "{} [{}, {}]" if entry else "-"
+            rows[-1].append(cell.format(*(f"{number:{sign}.3f}" for number in numbers)))
+        rows[-1].append(" / ".join(str(pair[place]) for pair in figures if place < 2))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(map(str.rjust, row, widths)).rstrip() for row in rows)
 
 
-def plot_comparison(runs, name, path):
-    """Draw the scores of `runs` with their intervals, and the published ones."""
+def plot_scores(columns, name, path):
+    """Draw scores with their intervals; `columns` maps labels to what estimate returns."""
     import matplotlib.pyplot as plt
 
-    series = {label: report["scores"] for label, report in runs.items()}
-    for which, figures in PUBLISHED.get(name, {}).items():
-        scores = {METRICS[n]: {"value": v, "interval": (v, v)} for n, v in enumerate(figures)}
-        series[f"published, {which}"] = scores
     plt.rcParams["text.parse_math"] = False  # a name may hold a "$"
     figure, axes = plt.subplots(figsize=(9, 9), layout="constrained")
-    for place, (label, scores) in enumerate(series.items()):
-        shift, height = 0.8 * (place + 0.5) / len(series) - 0.4, 0.8 / len(series)
+    for place, (label, scores) in enumerate(columns.items()):
+        shift, height = 0.8 * (place + 0.5) / len(columns) - 0.4, 0.8 / len(columns)
         values = numpy.array([entry["value"] for entry in scores.values()])
         reach = numpy.abs(numpy.array([entry["interval"] for entry in scores.values()]).T - values)
         rows = [METRICS.index(metric) + shift for metric in scores]
@@ -650,24 +638,12 @@ def plot_comparison(runs, name, path):
     plt.close(figure)
 
 
-def main(argv=None):
-    args = parse_args(argv)
-    warnings.simplefilter("ignore")  # of libraries, and of odd escapes in what a model wrote
-    name = model_name(args.model)
-    label = "base" if args.baseline else args.predictions.stem if args.predictions else "tuned"
-    if args.adapter and model_name(args.adapter) != f"LoRA_{name}-function_calling":
-        label = model_name(args.adapter)
-    results_dir, queries = args.output_dir / name / label, read_queries(args.test_file)
-    tools_of = {query["conversation_id"]: query["tools"] for query in queries}
-    if not args.rescore:
-        chosen = set(list(tools_of)[: args.limit])
-        evaluate(args, results_dir, [q for q in queries if q["conversation_id"] in chosen])
-    elif not (results_dir / "metrics.json").is_file():
-        sys.exit(f"error: {results_dir} holds no finished evaluation: begin one, or --resume it")
-    run = read_json(results_dir / "run.json")
+def report_results(args, name, results_dir, queries):
+    """Judge the predictions, draw and print their scores beside the base's, write metrics.json."""
+    run, label = read_json(results_dir / "run.json"), results_dir.name
     if run["test_split_sha256"] != sha256(args.test_file):
         sys.exit(f"error: {results_dir} is of another test split than {args.test_file}")
-
+    tools_of = {query["conversation_id"]: query["tools"] for query in queries}
     train_file, seen_tools = args.test_file.with_name("function_calling_train.jsonl"), None
     if train_file.is_file():
         train = read_queries(train_file)
@@ -676,7 +652,7 @@ def main(argv=None):
         seen_tools.update(*(read_tools(query["tools"]) for query in train))
     predictions = read_predictions(results_dir / "predictions.jsonl", queries)
     verdicts, report, counts = judge_predictions(predictions, tools_of, seen_tools)
-    runs, difference, base_dir = {label: report}, {}, results_dir.with_name("base")
+    reports, columns, base_dir = {label: report}, {}, results_dir.with_name("base")
     if label != "base" and (base_dir / "metrics.json").is_file():
         base_run = read_json(base_dir / "run.json")
         base = read_predictions(base_dir / "predictions.jsonl", queries)
@@ -684,13 +660,25 @@ def main(argv=None):
         common = [key for key in counts if key in base_counts]
         if common and all(run[key] == base_run[key] for key in COMPARED_KEYS):
             sides = [{key: side[key] for key in common} for side in (counts, base_counts)]
-            runs, difference = {"base": base_report, label: report}, estimate(*sides)
+            report["difference_to_base"] = columns["difference"] = estimate(*sides)
+            reports = {"base": base_report, label: report}
         else:
             print(f"note: {base_dir} is of another {', '.join(COMPARED_KEYS)} or of other queries")
-    plot_comparison(runs, name, results_dir.parent / "comparison.png")
-    report |= {"difference_to_base": difference, "run": run}
-    (results_dir / "metrics.json").write_text(json.dumps(report, indent=2))
-    print(f"Written to  {results_dir}/\n\n{format_report(name, runs, difference)}")
+    shown = {title: part["scores"] for title, part in reports.items()}
+    published = {}
+    for which, figures in PUBLISHED.get(name, {}).items():
+        scores = {METRICS[n]: {"value": v, "interval": (v, v)} for n, v in enumerate(figures)}
+        published[f"published, {which}"] = scores
+    plot_scores(shown | published, name, results_dir.parent / "comparison.png")
+    (results_dir / "metrics.json").write_text(json.dumps({**report, "run": run}, indent=2))
+    table = format_scores(shown | columns, PUBLISHED.get(name, {}).values())
+    print(f"Written to  {results_dir}/\n\n{table}")
+    for key in ("failures", "problems", "malformed_reasons", "faulty_references"):
+        for title, part in reports.items():
+            found = ", ".join(f"{n:,} {words}" for words, n in part[key].most_common())
+            print(f"{key} of {title}: {found or 'none'}".replace("_", " "))
+    if report["unchecked_calls"]:
+        print(f"{report['unchecked_calls']:,} calls are of tools whose declaration cannot be read")
     wrong = [(v["failure"], p) for p, v in zip(predictions, verdicts, strict=True) if v["failure"]]
     for failure, p in random.Random(0).sample(wrong, min(args.show_failures, len(wrong))):
         print(f"\n{failure}: conversation {p['conversation_id']}, turn {p['turn']}")
@@ -698,6 +686,22 @@ def main(argv=None):
     if failed := [p for p in predictions if p["finish_reason"] == "failed"]:
         words = "queries failed and count as wrong, --resume asks them again; the first:"
         sys.exit(f"error: {len(failed)} {words} {key_of(failed[0])}, {failed[0]['error']}")
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    warnings.simplefilter("ignore")  # of libraries, and of odd escapes in what a model wrote
+    name = model_name(args.model)
+    label = "base" if args.baseline else args.predictions.stem if args.predictions else "tuned"
+    if args.adapter and model_name(args.adapter) != f"LoRA_{name}-function_calling":
+        label = model_name(args.adapter)
+    results_dir, queries = args.output_dir / name / label, read_queries(args.test_file)
+    if not args.rescore:
+        chosen = list(dict.fromkeys(query["conversation_id"] for query in queries))[: args.limit]
+        evaluate(args, results_dir, [q for q in queries if q["conversation_id"] in set(chosen)])
+    elif not (results_dir / "metrics.json").is_file():
+        sys.exit(f"error: {results_dir} holds no finished evaluation: begin one, or --resume it")
+    report_results(args, name, results_dir, queries)
 
 
 if __name__ == "__main__":

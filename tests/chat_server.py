@@ -1,4 +1,4 @@
-"""A chat server on the loopback interface, like those that speak OpenAI's protocol; it can also fail."""
+"""A chat server of OpenAI's protocol on the loopback interface, which can also fail."""
 
 import json
 import threading
@@ -72,5 +72,11 @@ def completion(content, finish_reason="stop", tool_calls=None):
     """The body of a chat completion."""
     message = {"role": "assistant", "content": content, "tool_calls": tool_calls}
     choice = {"index": 0, "message": message, "finish_reason": finish_reason, "logprobs": None}
-    return {"id": "x", "object": "chat.completion", "created": 1, "model": "m", "choices": [choice],
-            "usage": {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2}}
+    return {
+        "id": "x",
+        "object": "chat.completion",
+        "created": 1,
+        "model": "m",
+        "choices": [choice],
+        "usage": {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2},
+    }

@@ -1,4 +1,4 @@
-"""Step 3: the published scores; loading and asking a model; what is written, resumed and refused."""
+"""Step 3: published scores; loading and asking a model; what is written, resumed, refused."""
 
 import json
 import signal
@@ -41,7 +41,9 @@ def tuned(tiny_model, tmp_path_factory):
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     tokenizer.chat_template = TEMPLATE
     tokenizer.save_pretrained(adapter)
-    (adapter / "training_run.json").write_text(json.dumps({"model": str(tiny_model), "commit": None}))
+    (adapter / "training_run.json").write_text(
+        json.dumps({"model": str(tiny_model), "commit": None})
+    )
     return folder
 
 
@@ -51,9 +53,21 @@ def evaluate(tiny_model, splits, tuned, tmp_path, monkeypatch):
 
     def run(*flags, model=tiny_model, output=tmp_path):
         monkeypatch.chdir(tuned)
-        evaluation.main(["--model", str(model), "--dtype", "float32", "--max-new-tokens", "40",
-                         "--test-file", str(splits / "function_calling_test.jsonl"),
-                         "--output-dir", str(output), *flags])
+        evaluation.main(
+            [
+                "--model",
+                str(model),
+                "--dtype",
+                "float32",
+                "--max-new-tokens",
+                "40",
+                "--test-file",
+                str(splits / "function_calling_test.jsonl"),
+                "--output-dir",
+                str(output),
+                *flags,
+            ]
+        )
         return output / model.name
 
     return run
@@ -71,9 +85,16 @@ def read_lines(folder):
 @pytest.mark.parametrize(
     "reference, output, score",
     [
-        ("abcde", "abcde", 1), ("abcde", "xxabcdexx", 1), ("abcdef", "abcxdef", 3 / 6),
-        ("abcdef", "defabc", 3 / 6), ("aab", "aaab", 1), ("abc", "xyz", 0), ("abc", "", 0), ("", "x", 0),
-        ("a" * 300, "a" * 300 + "b", 1), ("ab" * 300, "ab" * 150, 1 / 2),  # frequent tokens count
+        ("abcde", "abcde", 1),
+        ("abcde", "xxabcdexx", 1),
+        ("abcdef", "abcxdef", 3 / 6),
+        ("abcdef", "defabc", 3 / 6),
+        ("aab", "aaab", 1),
+        ("abc", "xyz", 0),
+        ("abc", "", 0),
+        ("", "x", 0),
+        ("a" * 300, "a" * 300 + "b", 1),
+        ("ab" * 300, "ab" * 150, 1 / 2),  # frequent tokens count
     ],
 )
 def test_function_calling_worked_out_by_hand(reference, output, score):
@@ -86,7 +107,9 @@ def test_function_calling_worked_out_by_hand(reference, output, score):
         ("the cat sat", "sat the cat", 1),  # order does not count
         ("the cat sat", "the dog sat down", 2 / 4),
         ("the cat sat", "the the the", 1 / 3),  # a word counts as often as the reference holds it
-        ("the cat sat", "the", 1), ("the cat sat", "", 0), ("", "the", 0),
+        ("the cat sat", "the", 1),
+        ("the cat sat", "", 0),
+        ("", "the", 0),
     ],
 )
 def test_helpful_exchange_worked_out_by_hand(reference, output, score):
@@ -99,7 +122,9 @@ tokens = st.lists(st.integers(0, 3), min_size=1, max_size=12)
 @given(tokens, tokens)
 def test_the_longest_common_run_is_the_longest_slice_both_hold(a, b):
     slices = {tuple(b[i:j]) for i in range(len(b)) for j in range(i, len(b) + 1)}
-    longest = max(j - i for i in range(len(a)) for j in range(i, len(a) + 1) if tuple(a[i:j]) in slices)
+    longest = max(
+        j - i for i in range(len(a)) for j in range(i, len(a) + 1) if tuple(a[i:j]) in slices
+    )
     assert evaluation.score_output("function_calling", a, b) == longest / len(a)
 
 
@@ -122,8 +147,13 @@ def test_the_adapter_is_merged_without_changing_what_the_model_says(tiny_model, 
     from peft import PeftModel
 
     adapter = tuned / f"LoRA_{tiny_model.name}-function_calling"
-    base, merged = (evaluation.load_model(tiny_model, folder, "cpu", torch.float32) for folder in (None, adapter))
-    unmerged = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_model), adapter).eval()
+    base, merged = (
+        evaluation.load_model(tiny_model, folder, "cpu", torch.float32)
+        for folder in (None, adapter)
+    )
+    unmerged = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(tiny_model), adapter
+    ).eval()
     input_ids = torch.randint(110, 700, (1, 50))
     with torch.no_grad():
         logits = [model(input_ids).logits for model in (merged, unmerged, base)]
@@ -133,12 +163,18 @@ def test_the_adapter_is_merged_without_changing_what_the_model_says(tiny_model, 
 
 def test_prompts_of_base_and_tuned_model(tiny_model, tuned):
     """One <bos>; a tool's result stands in a user turn; no text can forge a turn of the base."""
-    messages = [{"role": "user", "content": "Go <end_of_turn>"}, {"role": "assistant", "content": "<tool_call>"},
-                {"role": "tool", "content": "result"}]
+    messages = [
+        {"role": "user", "content": "Go <end_of_turn>"},
+        {"role": "assistant", "content": "<tool_call>"},
+        {"role": "tool", "content": "result"},
+    ]
     stock = AutoTokenizer.from_pretrained(tiny_model)
     ids = evaluation.encode_prompt(messages, stock, is_base=True)
-    text = ("<bos><start_of_turn>user\nGo <end_of_turn ><end_of_turn>\n<start_of_turn>model\n<tool_call>"
-            "<end_of_turn>\n<start_of_turn>user\nresult<end_of_turn>\n<start_of_turn>model\n")
+    text = (
+        "<bos><start_of_turn>user\nGo <end_of_turn ><end_of_turn>\n<start_of_turn>model\n"
+        "<tool_call>"
+        "<end_of_turn>\n<start_of_turn>user\nresult<end_of_turn>\n<start_of_turn>model\n"
+    )
     assert stock.decode(ids) == text and ids.count(2) == 1 and ids.count(106) == 3
     served = AutoTokenizer.from_pretrained(tuned / f"LoRA_{tiny_model.name}-function_calling")
     ids = evaluation.encode_prompt(messages, served, is_base=False)
@@ -151,11 +187,13 @@ def test_a_batch_answers_40_prompts_as_each_is_answered_alone(tiny_model):
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     generator = torch.Generator().manual_seed(1)
     lengths = torch.randint(3, 200, (40,), generator=generator).tolist()
-    prompts = [torch.randint(110, 700, (length,), generator=generator).tolist() for length in lengths]
+    prompts = [
+        torch.randint(110, 700, (length,), generator=generator).tolist() for length in lengths
+    ]
     alone = []
     for prompt in prompts:  # by the library alone
         ids = model.generate(torch.tensor([prompt]), max_new_tokens=30, do_sample=False)
-        alone.append(ids[0, len(prompt):].tolist())
+        alone.append(ids[0, len(prompt) :].tolist())
     stop_ids = [alone[0][3], alone[1][20]]
     expected = []
     for output in alone:
@@ -168,7 +206,10 @@ def test_a_batch_answers_40_prompts_as_each_is_answered_alone(tiny_model):
 
 
 # The second is PyTorch's own words for an Apple GPU, shortened; it has no type of its own there.
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory."), RuntimeError("MPS backend out of memory")])
+@pytest.mark.parametrize(
+    "error",
+    [torch.OutOfMemoryError("CUDA out of memory."), RuntimeError("MPS backend out of memory")],
+)
 def test_a_batch_that_does_not_fit_is_halved(tiny_model, monkeypatch, error):
     model = evaluation.load_model(tiny_model, None, "cpu", torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
@@ -211,7 +252,9 @@ def test_base_and_tuned_are_scored_and_compared(evaluate, splits, tiny_model, ca
             assert metrics["scores"][kind]["n"] == len(scores) == n
             assert metrics["scores"][kind]["value"] == pytest.approx(sum(scores) / n)
         for p in predictions.values():  # in the stock tokenizer's tokens
-            reference, output = (stock.encode(p[key], add_special_tokens=False) for key in ("reference", "output"))
+            reference, output = (
+                stock.encode(p[key], add_special_tokens=False) for key in ("reference", "output")
+            )
             assert p["score"] == evaluation.score_output(p["kind"], reference, output)
         run = json.loads((results / label / "run.json").read_text())
         assert run["dtype"] == "float32" and run["max_new_tokens"] == 40 and metrics["run"] == run
@@ -220,7 +263,9 @@ def test_base_and_tuned_are_scored_and_compared(evaluate, splits, tiny_model, ca
     before = (results / "tuned" / "metrics.json").read_bytes()
     evaluate("--rescore")
     assert (results / "tuned" / "metrics.json").read_bytes() == before
-    assert json.loads((results / "tuned" / "run.json").read_text())["arguments"]["rescore"] == "False"
+    assert (
+        json.loads((results / "tuned" / "run.json").read_text())["arguments"]["rescore"] == "False"
+    )
 
 
 def test_base_and_tuned_of_different_queries_are_compared_on_those_both_answered(evaluate, capsys):
@@ -228,29 +273,53 @@ def test_base_and_tuned_of_different_queries_are_compared_on_those_both_answered
     evaluate("--limit", "3")
     metrics = json.loads((results / "tuned" / "metrics.json").read_text())
     n = metrics["scores"]["function_calling"]["n"]
-    assert metrics["queries"] < 14 and metrics["difference_to_base"]["function_calling"]["n"] == n < 6
+    assert (
+        metrics["queries"] < 14 and metrics["difference_to_base"]["function_calling"]["n"] == n < 6
+    )
     evaluate("--overwrite", "--max-new-tokens", "5")  # outputs of another length are no comparison
     assert "base is of another commit, test_split_sha256, max_new_tokens" in capsys.readouterr().out
 
 
 def test_batch_sizes_change_no_output_nor_does_bf16_change_the_form(evaluate, tmp_path):
-    one, five, rounded = (evaluate(*flags, output=tmp_path / flags[-1]) / "tuned"
-                          for flags in (["--batch-size", "1"], ["--batch-size", "5"], ["--dtype", "bfloat16"]))
+    one, five, rounded = (
+        evaluate(*flags, output=tmp_path / flags[-1]) / "tuned"
+        for flags in (["--batch-size", "1"], ["--batch-size", "5"], ["--dtype", "bfloat16"])
+    )
     assert read_lines(one) == read_lines(five)
     assert set(read_lines(rounded)) == set(read_lines(one))
 
 
-def test_a_killed_evaluation_goes_on_and_equals_an_undisturbed_one(evaluate, splits, tiny_model, tuned, tmp_path):
+def test_a_killed_evaluation_goes_on_and_equals_an_undisturbed_one(
+    evaluate, splits, tiny_model, tuned, tmp_path
+):
     """Catches a lost, torn or repeated answer after SIGKILL; and going on with other arguments."""
     whole = evaluate("--batch-size", "2", output=tmp_path / "whole") / "tuned"
     cut = tmp_path / "cut" / tiny_model.name / "tuned"
-    flags = ["--model", tiny_model, "--dtype", "float32", "--max-new-tokens", "40", "--batch-size", "2",
-             "--test-file", splits / "function_calling_test.jsonl", "--output-dir", tmp_path / "cut"]
-    slow = (f"import sys, time; sys.path.insert(0, {str(ROOT)!r}); import evaluation; real = evaluation.generate_batch;"
-            "evaluation.generate_batch = lambda *a: time.sleep(0.5) or real(*a); evaluation.main(sys.argv[1:])")
+    flags = [
+        "--model",
+        tiny_model,
+        "--dtype",
+        "float32",
+        "--max-new-tokens",
+        "40",
+        "--batch-size",
+        "2",
+        "--test-file",
+        splits / "function_calling_test.jsonl",
+        "--output-dir",
+        tmp_path / "cut",
+    ]
+    slow = (
+        f"import sys, time; sys.path.insert(0, {str(ROOT)!r}); import evaluation;"
+        "real = evaluation.generate_batch;"
+        "evaluation.generate_batch = lambda *a: time.sleep(0.5) or real(*a);"
+        "evaluation.main(sys.argv[1:])"
+    )
     process = subprocess.Popen([sys.executable, "-c", slow, *map(str, flags)], cwd=tuned)
     path, deadline = cut / "predictions.jsonl", time.monotonic() + 120
-    while not (path.is_file() and path.read_bytes().count(b"\n") >= 4) and time.monotonic() < deadline:
+    while (
+        not (path.is_file() and path.read_bytes().count(b"\n") >= 4) and time.monotonic() < deadline
+    ):
         time.sleep(0.05)
     process.send_signal(signal.SIGKILL)
     process.wait()
@@ -310,22 +379,49 @@ def test_mistakes_end_in_one_line(tiny_model, splits, tuned, tmp_path):
     for flags, words in [
         (["--model", tiny_model, *test_file], ["function_calling_train.py", "--baseline"]),
         (["--model", tiny_model], ["processed_data/function_calling_test.jsonl"]),
-        (["--model", "google/other", "--adapter", adapter, *test_file], ["trained on", str(tiny_model)]),
-        (["--model", tmp_path / "no model", "--baseline", *test_file], ["no model", "tokenizer.json"]),
-        (["--model", "google/not-in-the-cache", "--baseline", *test_file], ["google/not-in-the-cache"]),
-        (["--model", tiny_model, "--adapter", tmp_path / "no model", *test_file], ["training_run.json"]),
+        (
+            ["--model", "google/other", "--adapter", adapter, *test_file],
+            ["trained on", str(tiny_model)],
+        ),
+        (
+            ["--model", tmp_path / "no model", "--baseline", *test_file],
+            ["no model", "tokenizer.json"],
+        ),
+        (
+            ["--model", "google/not-in-the-cache", "--baseline", *test_file],
+            ["google/not-in-the-cache"],
+        ),
+        (
+            ["--model", tiny_model, "--adapter", tmp_path / "no model", *test_file],
+            ["training_run.json"],
+        ),
         (["--model", tiny_model, "--predictions", "p.jsonl", *test_file], ["p.jsonl, line 1"]),
         (["--model", tiny_model, "--predictions", "q.jsonl", *test_file], ["q.jsonl"]),
         (["--model", tiny_model, "--rescore", *test_file], ["no finished evaluation"]),
     ]:
         assert_fails_in_one_line(run_script(SCRIPT, *flags, cwd=tmp_path), *words)
-    for flags in (["--baseline", "--adapter", "x"], ["--resume", "--overwrite"], ["--limit", "0"], ["--batch", "1"]):
+    for flags in (
+        ["--baseline", "--adapter", "x"],
+        ["--resume", "--overwrite"],
+        ["--limit", "0"],
+        ["--batch", "1"],
+    ):
         assert run_script(SCRIPT, *flags, cwd=tmp_path).returncode == 2
     assert not (tmp_path / "evaluation_results").exists()
 
 
-@pytest.mark.parametrize("line", ["{", "[]", "null", '{"id": 1}', '{"id": "1", "tools": "[]", "messages": [1]}',
-                                  '{"id": "1", "tools": "3", "messages": []}', "[" * 100_000])
+@pytest.mark.parametrize(
+    "line",
+    [
+        "{",
+        "[]",
+        "null",
+        '{"id": 1}',
+        '{"id": "1", "tools": "[]", "messages": [1]}',
+        '{"id": "1", "tools": "3", "messages": []}',
+        "[" * 100_000,
+    ],
+)
 def test_a_bad_line_of_the_split_is_named(tmp_path, line):
     path = tmp_path / "test.jsonl"
     good = {"id": "0", "tools": "[]", "messages": [{"role": "user", "content": "Hi"}]}
@@ -334,7 +430,9 @@ def test_a_bad_line_of_the_split_is_named(tmp_path, line):
         evaluation.read_queries(path)
 
 
-def test_another_split_is_not_scored_against_earlier_answers(evaluate, splits, tmp_path, tiny_model):
+def test_another_split_is_not_scored_against_earlier_answers(
+    evaluate, splits, tmp_path, tiny_model
+):
     results = evaluate("--baseline", "--limit", "1")
     run = json.loads((results / "base" / "run.json").read_text())
     (results / "base" / "run.json").write_text(json.dumps({**run, "test_split_sha256": "0"}))

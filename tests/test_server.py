@@ -22,7 +22,9 @@ def split(tmp_path):
             {"role": "tool", "content": "<tool_response>\n7\n</tool_response>"},
             {"role": "assistant", "content": "It is 7 degrees."},
         ]
-        tools = [{"name": "get_weather", "parameters": {"properties": {"city": {"type": "string"}}}}]
+        tools = [
+            {"name": "get_weather", "parameters": {"properties": {"city": {"type": "string"}}}}
+        ]
         rows.append({"id": str(number), "messages": messages, "tools": json.dumps(tools)})
     path = tmp_path / "test.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -44,13 +46,24 @@ def serve():
 
 @pytest.fixture
 def ask(tmp_path, tiny_model, split, monkeypatch):
-    """Run the evaluation against a server in this process, with short waits; returns its results."""
+    """Run the evaluation against a server in this process, with short waits."""
     monkeypatch.setattr(evaluation, "RETRY_WAITS", (0.01, 0.02, 0.04))
     monkeypatch.chdir(tmp_path)
 
     def run(server, *flags):
-        evaluation.main(["--model", str(tiny_model), "--test-file", str(split), "--output-dir",
-                         "results", "--server", server.url, *flags])
+        evaluation.main(
+            [
+                "--model",
+                str(tiny_model),
+                "--test-file",
+                str(split),
+                "--output-dir",
+                "results",
+                "--server",
+                server.url,
+                *flags,
+            ]
+        )
 
     return run
 
@@ -93,15 +106,19 @@ def test_the_tuned_model_gets_the_messages_as_they_are_and_the_base_a_user_turn(
 def test_tool_calls_beside_no_content_are_read_as_the_text_of_a_call(
     serve, ask, tmp_path, tiny_model
 ):
-    """vLLM's and llama.cpp's parsers take the call out of the text; arguments are text or object."""
+    """vLLM's and llama.cpp's parsers take calls out of the text; arguments are text or object."""
 
     def parsed(body, times):
         if len(body["messages"]) == 3:
             return completion("It is 7 degrees.")
-        arguments = {"city": "Oslo"} if "0" in body["messages"][0]["content"] else '{"city": "Oslo"}'
+        arguments = (
+            {"city": "Oslo"} if "0" in body["messages"][0]["content"] else '{"city": "Oslo"}'
+        )
         function = {"name": "get_weather", "arguments": arguments}
         content = "" if "1" in body["messages"][0]["content"] else None
-        return completion(content, "tool_calls", [{"id": "1", "type": "function", "function": function}])
+        return completion(
+            content, "tool_calls", [{"id": "1", "type": "function", "function": function}]
+        )
 
     ask(serve(parsed))
     predictions, metrics = read_results(tmp_path, tiny_model)
@@ -171,8 +188,14 @@ def test_a_failed_query_is_counted_named_and_asked_again(serve, ask, tmp_path, t
 
 
 def test_an_answer_that_is_none_is_a_failure_and_no_exception(serve, ask, tmp_path, tiny_model):
-    strange = [{}, {"choices": []}, {"choices": [{"message": {"content": 3}}]}, [1],
-               completion("x", "content_filter"), completion("\ud800 x")]
+    strange = [
+        {},
+        {"choices": []},
+        {"choices": [{"message": {"content": 3}}]},
+        [1],
+        completion("x", "content_filter"),
+        completion("\ud800 x"),
+    ]
     number = {str(n): answer for n, answer in enumerate(strange)}
     server = serve(lambda body, times: number[body["messages"][0]["content"][-1]])
     with pytest.raises(SystemExit, match="10 queries failed"):
@@ -185,7 +208,11 @@ def test_an_answer_that_is_none_is_a_failure_and_no_exception(serve, ask, tmp_pa
     "served, flags, model",
     [
         (["anything"], [], "anything"),
-        (["base", "adapters/LoRA_{name}-function_calling"], [], "adapters/LoRA_{name}-function_calling"),
+        (
+            ["base", "adapters/LoRA_{name}-function_calling"],
+            [],
+            "adapters/LoRA_{name}-function_calling",
+        ),
         (["google/{name}", "fc"], ["--baseline"], "google/{name}"),
         (["base", "fc"], ["--server-model", "fc"], "fc"),
         (["base", "fc"], [], None),
@@ -207,5 +234,7 @@ def test_which_model_is_asked(serve, tmp_path, tiny_model, served, flags, model)
 def test_a_server_that_is_not_there_is_told_in_one_line(tmp_path, tiny_model, split):
     for url in ("http://127.0.0.1:9/v1", "127.0.0.1:8000", "http://"):
         flags = ["--model", tiny_model, "--test-file", split, "--server", url]
-        assert_fails_in_one_line(run_script("evaluation.py", *flags, cwd=tmp_path), f"--server {url}")
+        assert_fails_in_one_line(
+            run_script("evaluation.py", *flags, cwd=tmp_path), f"--server {url}"
+        )
     assert not (tmp_path / "evaluation_results").exists()
