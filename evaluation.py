@@ -16,7 +16,6 @@ import contextlib
 import difflib
 import functools
 import hashlib
-import importlib.metadata
 import itertools
 import json
 import operator
@@ -97,18 +96,13 @@ def parse_args(argv=None):
     return args
 
 
-def one_line(error):
-    """What an exception says, in one line."""
-    return " ".join(f"{type(error).__name__}: {error}".split())
-
-
 @contextlib.contextmanager
 def reading(name):
     """End the program in one line where `name` cannot be read."""
     try:
         yield
     except ERRORS as error:
-        sys.exit(f"error: {name}: {one_line(error)}")
+        sys.exit(f"error: {name}: {type(error).__name__}: {' '.join(str(error).split())}")
 
 
 def read_json(path):
@@ -143,6 +137,8 @@ def read_conversation(row):
 
 def read_queries(path):
     """Return the queries of a split, in its order."""
+    if not path.is_file():
+        sys.exit(f"error: {path} not found: run prepare_function_calling_dataset.py first")
     queries = list(itertools.chain(*read_jsonl(path, read_conversation)))
     if not queries or len(set(map(key_of, queries))) < len(queries):
         sys.exit(f"error: {path} holds no turn of the model, or an id twice")
@@ -293,7 +289,7 @@ async def ask_query(client, semaphore, query, messages, options, keep):
             except ERRORS as error:
                 status = getattr(getattr(error, "response", None), "status_code", 500)
                 if wait is None or (status != 429 and status < 500):  # a refusal stays one
-                    return keep(query, "", "failed", error=one_line(error))
+                    return keep(query, "", "failed", error=repr(error))
             await asyncio.sleep(wait * random.uniform(0.5, 1.5))  # not all of them at once
 
 
@@ -376,8 +372,6 @@ def evaluate(args, results_dir, queries):
     run = {"model": name, "commit": commit, "limit": args.limit}
     run |= {"test_split_sha256": sha256(args.test_file), "max_new_tokens": args.max_new_tokens}
     run["arguments"] = {key: str(value) for key, value in vars(args).items()}
-    packages = ("torch", "transformers", "peft", "huggingface_hub")
-    run["versions"] = {name: importlib.metadata.version(name) for name in packages}
     headers = {"authorization": f"Bearer {os.environ.get('OPENAI_API_KEY', 'EMPTY')}"}
     if args.predictions:
         query_of = {key_of(query): query for query in queries}
@@ -385,13 +379,14 @@ def evaluate(args, results_dir, queries):
         foreign = read_jsonl(args.predictions, lambda p: (query_of[key_of(p)], *read_answer(p)))
     else:
         import torch
-        from transformers import AutoTokenizer, logging
+        import transformers
 
+        run["versions"] = {"torch": torch.__version__, "transformers": transformers.__version__}
         torch.backends.cuda.enable_cudnn_sdp(False)  # its masked bf16 attention is at times wrong
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
+        transformers.logging.set_verbosity_error()
+        transformers.logging.disable_progress_bar()
         with reading(adapter_dir or model_dir):
-            tokenizer = AutoTokenizer.from_pretrained(adapter_dir or model_dir)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(adapter_dir or model_dir)
     if args.server:
         run["served_model"] = choose_served_model(args, headers)
     elif is_asked_here:
@@ -503,10 +498,7 @@ def find_problems(call, tools):
 
 
 def judge_turn(prediction, tools, seen_tools=None):
-    """Judge one prediction by the tools of its conversation: a dict of verdicts.
-
-    Its "counts" are what the query adds to METRICS, which are ratios of two sums.
-    """
+    """Judge one prediction: a dict of verdicts, and its "counts" of METRICS, ratios of two sums."""
 
     def agree(*keys):
         """Whether output and reference hold the same calls, as far as `keys` go, in any order."""
@@ -548,8 +540,7 @@ def estimate(counts, base=None):
     """Value, n and 95 % bootstrap interval of each metric: {metric: {"value", "n", "interval"}}.
 
     `counts` maps (conversation id, turn) to {metric: (numerator, denominator)}. Conversations are
-    resampled, for the turns of one are not independent. With `base`, the counts of another model on
-    the same queries, it is the paired difference to that model.
+    resampled, whose turns are not independent. With `base` it is the paired difference to that.
     """
     values, resampled = 0, 0
     for sign, side in ((-1, base), (1, counts)) if base else ((1, counts),):
@@ -581,11 +572,8 @@ def read_predictions(path, queries):
 
 
 def judge_predictions(predictions, tools_of, seen_tools):
-    """Judge predictions: (verdicts in their order, the report, {query: its counts}).
-
-    `tools_of` maps a conversation id to its tools as JSON text, `seen_tools` are the names of those
-    of the train split, or None without one.
-    """
+    """Return (verdicts, their report, {query: its counts}) of predictions. `tools_of` maps ids of
+    conversations to their tools, `seen_tools` are the names of the train split's, None without."""
     verdicts, counts = [], {}
     for prediction in predictions:
         tools = read_tools(tools_of[prediction["conversation_id"]])
@@ -602,7 +590,7 @@ def judge_predictions(predictions, tools_of, seen_tools):
 
 
 def format_scores(columns, figures):
-    """A table of scores; `columns` maps titles to what estimate returns, `figures` are published."""
+    """A table of scores; `columns` maps titles to what estimate returns."""
     rows = [["", "n", *columns, "published"]]
     for place, metric in enumerate(METRICS):
         entries = {title: scores[metric] for title, scores in columns.items() if metric in scores}
@@ -708,4 +696,4 @@ if __name__ == "__main__":
     try:
         main()
     except (KeyboardInterrupt, OSError) as error:  # --resume goes on
-        sys.exit(f"error: {one_line(error)}")
+        sys.exit(f"error: {type(error).__name__} {error}")

@@ -378,7 +378,10 @@ def test_mistakes_end_in_one_line(tiny_model, splits, tuned, tmp_path):
     (tmp_path / "no model").mkdir()
     for flags, words in [
         (["--model", tiny_model, *test_file], ["function_calling_train.py", "--baseline"]),
-        (["--model", tiny_model], ["processed_data/function_calling_test.jsonl"]),
+        (
+            ["--model", tiny_model],
+            ["function_calling_test.jsonl", "prepare_function_calling_dataset.py first"],
+        ),
         (
             ["--model", "google/other", "--adapter", adapter, *test_file],
             ["trained on", str(tiny_model)],
