@@ -4,15 +4,13 @@
     python function_calling_train.py --model google/gemma-3-270m-it
     torchrun --nproc_per_node 2 function_calling_train.py           # two GPUs
 
-Reads the train split and, in dataset_info.json beside it, how its prompt is worded. Writes the
-adapter, the base model's tokenizer with the chat template of the training, training_run.json and
-loss.png into LoRA_<model name>-function_calling/. Checkpoints lie in a folder beside it until the
-run is finished; --resume goes on from the last of them.
+Reads the train split and, in dataset_info.json beside it, how its prompt is worded. Writes into
+LoRA_<model name>-function_calling/ the adapter, the base model's tokenizer with the chat template
+of the training, training_run.json and loss.png. Until then, checkpoints lie in a folder beside it.
 """
 
 import argparse
 import hashlib
-import importlib.metadata
 import json
 import math
 import os
@@ -20,11 +18,14 @@ import re
 import shutil
 import sys
 import warnings
+from importlib.metadata import version
 from pathlib import Path
 
 DEFAULT_MODEL = "google/gemma-3-1b-it"
 DEFAULT_TRAIN_FILE = Path("processed_data/function_calling_train.jsonl")
 LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+# Out of memory, in the words of CUDA, cuBLAS and a CPU; a full disk; a tracker that is not there.
+KNOWN_ERRORS = "out of memory|ALLOC_FAILED|allocate memory|inline_container|to be installed"
 # The arguments that a result depends on; a run that is resumed must have the same.
 RECIPE = """epochs conversations_per_step learning_rate lora_rank lora_alpha lora_dropout loss_on
 max_length validation_size seed load_in_4bit max_steps""".split()
@@ -49,7 +50,7 @@ CHAT_TEMPLATE = r"""
             | replace('\r', '\\r') | replace('\t', '\\t') + '"' -}}
     {%- elif value is iterable -%}
         {{- '{' if value is mapping else '[' -}}
-        {%- for item in value -%}
+        {%- for item in value if value is not mapping or value[item] is not none -%}
             {{- ('' if loop.first else ', ') + json(item) -}}
             {{- ': ' + json(value[item]) if value is mapping else '' -}}
         {%- endfor -%}
@@ -135,8 +136,7 @@ def parse_args(argv=None):
     add("--seed", "seed of the split, the order, LoRA and dropout", type=int, default=42)
     add("--dtype", "default: bfloat16 where it is fast", choices=["bfloat16", "float32"])
     add("--batch-size", "conversations at once (default: a step's on CUDA, else 1)", type=int)
-    either = {"action": argparse.BooleanOptionalAction}
-    add("--activation-checkpointing", "less memory, slower (default: below 40 GB of it)", **either)
+    add("--activation-checkpointing", "default: below 40 GB", action=argparse.BooleanOptionalAction)
     add("--load-in-4bit", "hold the base model in 4 bits (QLoRA), CUDA only", action="store_true")
     add("--max-steps", "optimizer steps, in place of --epochs", type=int, metavar="N")
     add("--resume", "go on from the last checkpoint", action="store_true")
@@ -145,7 +145,9 @@ def parse_args(argv=None):
     add("--push-to-hub", "upload the adapter; a new repository is private", metavar="REPO")
     add("--report-to", "experiment tracker, such as tensorboard or wandb", default="none")
     args = parser.parse_args(argv)
-    for name in "epochs conversations_per_step learning_rate batch_size max_steps".split():
+    if args.resume and args.overwrite:
+        parser.error("--resume goes on with a run, --overwrite replaces it: give one of them")
+    for name in ("epochs", "learning_rate", "lora_rank", "batch_size", "max_steps"):
         if getattr(args, name) is not None and getattr(args, name) <= 0:
             parser.error(f"--{name.replace('_', '-')} must be greater than 0")
     args.model_name = Path(args.model).expanduser().resolve().name
@@ -156,13 +158,13 @@ def parse_args(argv=None):
 if __name__ == "__main__":
     parse_args()  # --help and mistakes are answered before the imports below, which take seconds
     if "WORLD_SIZE" not in os.environ:  # without torchrun, one process trains on one GPU
-        os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
+        os.environ["CUDA_VISIBLE_DEVICES"] = os.getenv("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
 
 import datasets
 import torch
 import transformers
 from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.errors import HFValidationError
+from huggingface_hub.errors import HFValidationError, HTTPError
 from matplotlib.figure import Figure
 from peft import LoraConfig, PeftModel
 from safetensors import SafetensorError
@@ -227,7 +229,7 @@ def load_model(folder, dtype, in_4bit=False):
 
 
 def build_datasets(conversations, tokenizer, template, args):
-    """Return (training set, validation set, number of conversations dropped for their length).
+    """Return (training set, validation set, number of conversations left out).
 
     Rows hold input_ids and, unless all tokens carry loss, assistant_masks: 1 for each token that
     the model says, <end_of_turn> included. TRL makes the labels of them.
@@ -245,9 +247,9 @@ def build_datasets(conversations, tokenizer, template, args):
         split = short.train_test_split(test_size=args.validation_size, seed=args.seed)
     except ValueError as error:
         fail(f"{args.train_file}: {len(short)} of {len(dataset)} conversations are used: ", error)
-    num_over = len(split["train"]) % args.conversations_per_step  # each step has its full number
-    training = split["train"].select(range(len(split["train"]) - num_over or num_over))
-    return training, split["test"], len(dataset) - len(short)
+    whole = len(split["train"]) // args.conversations_per_step * args.conversations_per_step
+    training = split["train"].select(range(whole or len(split["train"])))  # whole steps
+    return training, split["test"], len(dataset) - len(training) - len(split["test"])
 
 
 def choose_device(dtype=None):
@@ -283,12 +285,11 @@ class StopOnNaN(transformers.TrainerCallback):
         for name in ("loss", "grad_norm", "eval_loss"):
             if not math.isfinite(logs.get(name, 0.0)):
                 good = find_last_checkpoint(Path(args.output_dir)) or "none"
-                at = f"{name} is {logs[name]} at step {state.global_step}"
-                fail(f"{at}; the last good checkpoint is {good}; try a lower --learning-rate")
+                fail(f"{name} is {logs[name]} at step {state.global_step}; good is still: {good}")
 
 
 def build_trainer(model, tokenizer, training, validation, args, checkpoint_dir, device):
-    """Build TRL's trainer of the recipe, with a validation and a checkpoint twice an epoch."""
+    """Build TRL's trainer of the recipe, with two validations and checkpoints or more."""
     num_processes = int(os.environ.get("WORLD_SIZE", 1))
     share = args.conversations_per_step // num_processes
     batch_size = args.batch_size or (share if device == "cuda" else 1)
@@ -305,7 +306,7 @@ def build_trainer(model, tokenizer, training, validation, args, checkpoint_dir, 
         learning_rate=args.learning_rate, lr_scheduler_type="cosine", warmup_steps=0.1,
         weight_decay=0.1, max_length=None,
         # Hardware
-        per_device_train_batch_size=batch_size, per_device_eval_batch_size=batch_size,
+        per_device_train_batch_size=batch_size, per_device_eval_batch_size=1,
         gradient_accumulation_steps=share // batch_size, use_cpu=device == "cpu",
         bf16=model.dtype == torch.bfloat16, activation_checkpointing=bool(checkpointing),
         ddp_find_unused_parameters=False,
@@ -314,7 +315,7 @@ def build_trainer(model, tokenizer, training, validation, args, checkpoint_dir, 
         save_steps=interval, save_total_limit=2, load_best_model_at_end=True,
         # Reports: a loss that is no number must be seen
         logging_steps=0.01, logging_nan_inf_filter=False, report_to=args.report_to,
-        include_num_input_tokens_seen="non_padding", disable_tqdm=not sys.stderr.isatty(),
+        disable_tqdm=not sys.stderr.isatty(),
     )
     # fmt: on
     size = {"r": args.lora_rank, "lora_alpha": args.lora_alpha, "lora_dropout": args.lora_dropout}
@@ -331,7 +332,8 @@ def build_trainer(model, tokenizer, training, validation, args, checkpoint_dir, 
 def find_last_checkpoint(checkpoint_dir):
     """The newest whole checkpoint, or None: the Trainer writes trainer_state.json last."""
     states = checkpoint_dir.glob("checkpoint-*/trainer_state.json")
-    return max((path.parent for path in states), key=lambda path: int(path.name[11:]), default=None)
+    whole = [path.parent for path in states if path.stat().st_size]
+    return max(whole, key=lambda path: int(path.name[11:]), default=None)
 
 
 def check_earlier_run(args, run, path):
@@ -365,30 +367,30 @@ def write_results(trainer, tokenizer, model_dir, template, args, run):
     (folder / "training_run.json").unlink(missing_ok=True)
     lora.base_model_name_or_path, lora.revision = args.model, run["commit"]
     trainer.model.save_pretrained(folder, save_embedding_layers=False)
-    for path in model_dir.glob("*token*"):  # the base model's tokenizer, as it is
+    for path in model_dir.glob("*token*"):  # the base model's tokenizer, but for its template
         shutil.copyfile(path, folder / path.name)
     (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+    config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    config = json.dumps({**config, "chat_template": template}, indent=2)
+    (folder / "tokenizer_config.json").write_text(config, encoding="utf-8")
     ids = {"bos_token_id": tokenizer.bos_token_id, "pad_token_id": tokenizer.pad_token_id}
     stops = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<end_of_turn>")]
     transformers.GenerationConfig(eos_token_id=stops, **ids).save_pretrained(folder)
-    title = f"{args.model_name}: LoRA on function calling"
-    plot_losses(history, folder / "loss.png", title)
+    plot_losses(history, folder / "loss.png", f"{args.model_name}: LoRA on function calling")
     base = f"base_model: {args.model}\n" if run["commit"] else ""  # the hub knows hub ids only
-    card = f"---\n{base}library_name: peft\nlicense: gemma\n---\n\n# {title}\n\n![](loss.png)\n"
+    card = f"---\n{base}library_name: peft\nlicense: gemma\n---\n# {folder.name}\n![](loss.png)\n"
     (folder / "README.md").write_text(card, encoding="utf-8")
-    libraries = ("torch", "transformers", "trl", "peft", "accelerate", "datasets")
     training_run = {
         **run,
         "model": args.model,
         "best_step": state.best_global_step,
-        "best_validation_loss": state.best_metric,
         "log_history": history,
-        "versions": {name: importlib.metadata.version(name) for name in libraries},
+        "versions": {name: version(name) for name in ("torch", "transformers", "trl", "peft")},
     }
     (folder / "training_run.json").write_text(json.dumps(training_run, indent=2))
     print(f"Trained     {state.global_step:,} steps in {history[-1]['train_runtime']:,.0f} s")
     print(f"Kept        step {state.best_global_step}, validation loss {state.best_metric:.4f}")
-    print(f"Adapter     {folder}/ (loss.png shows the losses)")
+    print(f"Adapter     {folder}/")
 
 
 def merge_adapter(model_dir, adapter_dir, merged_dir):
@@ -437,7 +439,6 @@ def main(argv=None):
         if args.push_to_hub:  # before hours are spent
             HfApi().create_repo(args.push_to_hub, private=True, exist_ok=True)
     if args.resume and finished.is_file() and not is_begun:
-        print(f"Finished    {args.output_dir}/")
         return finish(args, model_dir) if is_main else None
 
     transformers.logging.set_verbosity_error()
@@ -446,25 +447,20 @@ def main(argv=None):
     warnings.simplefilter("ignore", FutureWarning)
     model, tokenizer = load_model(model_dir, dtype, args.load_in_4bit)
     template, serving_template = make_templates(wording)
-    training, validation, num_dropped = build_datasets(conversations, tokenizer, template, args)
+    training, validation, left_out = build_datasets(conversations, tokenizer, template, args)
     trainer = build_trainer(model, tokenizer, training, validation, args, checkpoint_dir, device)
-    checkpoint = find_last_checkpoint(checkpoint_dir) if args.resume else None
+    checkpoint = find_last_checkpoint(checkpoint_dir) if args.resume and is_begun else None
     if is_main:
         if not (is_begun and args.resume):
-            if is_begun:
-                shutil.rmtree(checkpoint_dir)
-            checkpoint_dir.mkdir(parents=True, exist_ok=True)
+            for old in checkpoint_dir.glob("checkpoint-*"):
+                shutil.rmtree(old)
             begun.write_text(json.dumps(run, indent=2), encoding="utf-8")
         print(f"Model       {args.model}, {run['dtype']} on {device}")
-        print(f"Data        {len(training):,} conversations, {len(validation):,} to validate with, "
-              f"{num_dropped:,} dropped for their length")  # fmt: skip
-        print(f"Begins      {'at ' + checkpoint.name if checkpoint else 'at step 0'}")
-    try:
-        trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
-    except RuntimeError as error:
-        if not re.search("out of memory|ALLOC_FAILED|allocate memory", str(error)):
-            raise
-        fail("out of memory: try --resume with --batch-size 1 and --activation-checkpointing")
+        print(
+            f"Data        {len(training)} + {len(validation)} to validate with, {left_out} left out"
+        )
+        print(f"Begins      at {checkpoint.name if checkpoint else 'step 0'}")
+    trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
     if is_main:
         write_results(trainer, tokenizer, model_dir, serving_template, args, run)
         shutil.rmtree(checkpoint_dir)
@@ -474,7 +470,11 @@ def main(argv=None):
 if __name__ == "__main__":
     try:
         main()
-    except (OSError, HFValidationError, SafetensorError) as error:
+    except (OSError, HTTPError, HFValidationError, SafetensorError) as error:
         fail("", error)
+    except RuntimeError as error:
+        if not re.search(KNOWN_ERRORS, str(error)):
+            raise
+        fail("--resume goes on; --batch-size 1 --activation-checkpointing saves memory: ", error)
     except KeyboardInterrupt:
-        sys.exit("interrupted: the same command with --resume goes on from the last checkpoint")
+        sys.exit("interrupted: the same command with --resume, not --overwrite, goes on")
