@@ -68,11 +68,10 @@ class Hub:
         self.server.shutdown()
         self.server.server_close()
 
-    def environment(self, cache):
+    def environment(self, cache, offline="0"):
         """The environment in which a script sees this hub and an empty cache."""
-        local = dict.fromkeys(["NO_PROXY", "no_proxy"], "127.0.0.1")
-        options = {"HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
-        return {"HF_ENDPOINT": self.url, "HF_HOME": str(cache), **options, **local}
+        options = {"HF_HUB_OFFLINE": offline, "HF_HUB_DISABLE_XET": "1", "NO_PROXY": "127.0.0.1"}
+        return {"HF_ENDPOINT": self.url, "HF_HOME": str(cache), **options}
 
     def give(self, parts, is_api, _):
         """(status, content, headers) of what is asked: a repository, its listing, a file."""
@@ -111,7 +110,7 @@ class Hub:
         if parts[:2] == ["repos", "create"]:
             asked = json.loads(body)
             name = f"{asked['organization']}/{asked['name']}"
-            self.uploads[name] = {"private": asked.get("private", asked.get("visibility"))}
+            self.uploads[name] = {"private": asked["visibility"] == "private"}
             return 200, {"url": f"{self.url}/{name}", "id": name}, {}
         if parts[3] == "preupload":
             options = {"uploadMode": "regular", "shouldIgnore": False}

@@ -4,14 +4,14 @@ import json
 import shutil
 
 import pytest
-from conftest import assert_fails_in_one_line, make_row, run_script
+from conftest import assert_fails_in_one_line, make_row, run_here, run_script
 from hub_server import COMMIT, Hub
+from huggingface_hub import constants
 
 DATASET = ("datasets", "NousResearch/hermes-function-calling-v1")
 MODEL = ("models", "google/gemma-3-1b-it")
 ADAPTER = "LoRA_gemma-3-1b-it-function_calling"
 PREPARE, TRAIN = "prepare_function_calling_dataset.py", "function_calling_train.py"
-pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
@@ -30,19 +30,27 @@ def hub(tmp_path, tiny_model):
 
 
 @pytest.fixture
-def run(hub, tmp_path, splits):
-    """Run a script in an empty folder, `work`, with this hub; `env` adds to the environment."""
-    work = tmp_path / "work"
+def run(hub, tmp_path, monkeypatch):
+    """Run a script in an empty folder, `work`, with this hub; step 2 in this process."""
+    work, cache = tmp_path / "work", tmp_path / "cache"
     work.mkdir()
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache / "hub"))
 
-    def run(script, *arguments, **env):
-        environment = {**hub.environment(tmp_path / "cache"), **env}
-        return run_script(script, *arguments, cwd=work, env=environment)
+    def run(script, *arguments, offline="0"):
+        if script == TRAIN:
+            files = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
+            monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+            monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", files)
+            monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline == "1")
+            return run_here(script, *arguments, cwd=work)
+        return run_script(script, *arguments, cwd=work, env=hub.environment(cache, offline))
 
-    run.work, run.split = work, ["--train-file", splits / "function_calling_train.jsonl"]
+    run.work = work
     return run
 
 
+@pytest.mark.slow
 def test_the_scripts_with_no_flags_and_then_without_a_network(hub, run):
     for script in (PREPARE, TRAIN):
         process = run(script)
@@ -56,40 +64,46 @@ def test_the_scripts_with_no_flags_and_then_without_a_network(hub, run):
     assert (config["base_model_name_or_path"], config["revision"]) == (MODEL[1], COMMIT)
     test_split = run.work / "processed_data/function_calling_test.jsonl"
     before, num_requests = test_split.read_bytes(), len(hub.requests)
-    for script, flags in ((PREPARE, []), (TRAIN, ["--max-steps", "1", "--overwrite"])):
-        process = run(script, *flags, HF_HUB_OFFLINE="1")
+    for script, *flags in ((PREPARE,), (TRAIN, "--overwrite"), ("evaluation.py", "--limit", "1")):
+        process = run(script, *flags, offline="1")
         assert process.returncode == 0, process.stderr
     assert test_split.read_bytes() == before and len(hub.requests) == num_requests
-    evaluation = run("evaluation.py", "--limit", "1", HF_HUB_OFFLINE="1")
-    assert evaluation.returncode == 0, evaluation.stderr
 
 
-def test_hub_id_and_local_folder_alike_and_upload_only_when_asked(hub, run, tiny_model):
-    token, options = {"HF_TOKEN": "hf_secret"}, [*run.split, "--dtype", "float32"]
-    assert run(TRAIN, *options, **token).returncode == 0
+def test_hub_id_and_local_folder_alike_and_upload_only_when_asked(
+    hub, run, tiny_model, splits, monkeypatch
+):
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    command = [TRAIN, "--train-file", splits / "function_calling_train.jsonl", "--max-steps", "2"]
+    assert run(*command).returncode == 0
     assert not hub.uploads and {method for method, _ in hub.requests} == {"HEAD", "GET"}
-    process = run(TRAIN, *options, "--resume", "--push-to-hub", "me/adapter", **token)
+    process = run(*command, "--resume", "--push-to-hub", "me/adapter")
     assert process.returncode == 0, process.stderr
     files = {path.name: path.read_bytes() for path in (run.work / ADAPTER).iterdir()}
     assert hub.uploads == {"me/adapter": {"private": True, **files}}
     assert not any(b"hf_secret" in content for content in files.values())
     assert "hf_secret" not in process.stdout + process.stderr
     shutil.copytree(tiny_model, run.work / "gemma-3-1b-it")
-    local = run(TRAIN, *options, "--model", "gemma-3-1b-it", "--overwrite", HF_HUB_OFFLINE="1")
+    local = run(*command, "--model", "gemma-3-1b-it", "--overwrite", offline="1")
     assert local.returncode == 0, local.stderr
     weights = "adapter_model.safetensors"
     assert (run.work / ADAPTER / weights).read_bytes() == files[weights]
 
 
-@pytest.mark.parametrize("script, repo", [(PREPARE, DATASET), (TRAIN, MODEL)])
-def test_gated_absent_and_offline_are_one_line_each_that_says_what_to_do(hub, run, script, repo):
-    options = run.split if script == TRAIN else []
-    absent = [*options, "--model" if script == TRAIN else "--dataset", "nobody/nothing"]
-    assert_fails_in_one_line(run(script, *absent), "nobody/nothing")
-    assert_fails_in_one_line(run(script, *options, "--revision", "v9"), "v9")
-    assert_fails_in_one_line(run(script, *options, HF_HUB_OFFLINE="1"), "HF_HUB_OFFLINE")
+@pytest.mark.parametrize("script, repo, what, no_network", [
+    pytest.param(PREPARE, DATASET, "--dataset", "Couldn't reach", marks=pytest.mark.slow),
+    (TRAIN, MODEL, "--model", "HF_HUB_OFFLINE=0"),
+])  # fmt: skip
+def test_gated_absent_and_offline_are_one_line_each_that_says_what_to_do(
+    hub, run, splits, script, repo, what, no_network
+):
+    split = splits / "function_calling_train.jsonl"
+    command = [script, "--train-file", split] if script == TRAIN else [script]
+    assert_fails_in_one_line(run(*command, what, "nobody/nothing"), "nobody/nothing")
+    assert_fails_in_one_line(run(*command, "--revision", "v9"), "v9")
+    assert_fails_in_one_line(run(*command, offline="1"), no_network)
     hub.gated.add(repo)
-    assert_fails_in_one_line(run(script, *options), repo[1], "ask for access", "https://")
-    hub.close()
-    assert_fails_in_one_line(run(script, *options), "onnect")
+    assert_fails_in_one_line(run(*command), repo[1], "ask for access", "https://")
+    hub.url = "http://127.0.0.1:9"  # where nobody listens
+    assert_fails_in_one_line(run(*command), "onnect" if script == TRAIN else no_network)
     assert not list(run.work.iterdir())
