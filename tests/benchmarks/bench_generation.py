@@ -1,148 +1,136 @@
-"""How fast and how lean generation is, against the published configuration, one after the other on this machine.
+"""How fast and how lean generation is, beside the published way, one after the other.
 
-    python tests/benchmarks/bench_generation.py                              # CPU: the shape of 270M, 48 queries, at most 64 new tokens
-    python tests/benchmarks/bench_generation.py --device cuda                # 1,100 queries, at most 256 new tokens
-    python tests/benchmarks/bench_generation.py --device cuda --queries 3800
+    python tests/benchmarks/bench_generation.py --threads 1
+    python tests/benchmarks/bench_generation.py --conversations 300 --max-new-tokens 256    # CUDA
+    python tests/benchmarks/bench_generation.py --model FOLDER --data processed_data/...test.jsonl
 
-"ours" is what evaluation.py does without flags: its own loading, batches and generation, with the adapter's weights in the model's
-own (merged, a model costs what its base costs). "published" is its recipe in plain library options: eager attention, batches of 24
-in the order of the data, an unmerged adapter on embeddings and head too, and no stop at the end of a turn. Weights and conversations
-are random; each model turn is a query, with a drawn length at which the model is made to end it (median 50 tokens, mean about 100).
+*ours* is what evaluation.py does without flags: its own loading, batches and generation. Its
+adapter is merged, and a merged model costs what its base costs.
+
+*published* is the published recipe in the options of today's libraries: eager attention, batches of
+24 in the order of the data, padded on the left, an adapter on embeddings and head too that is not
+merged, and no stop at the end of a turn.
+
+Each turn of the model is a query, as in evaluation.py. So that speed does not hang on what a model
+happens to say, it is made to end its turn after a drawn number of tokens: median 50, mean about
+100, or fewer where --max-new-tokens is below 256.
 """
 
-import itertools
 import json
 import random
-import sys
-import tempfile
 import time
 
 import workload
 
+SIDES = ["published", "ours"]
+FIRST_WORD = 1000  # the id of a token that is no control token, nor are the next 800
 
-def draw_conversations(num_queries, max_new_tokens, vocab_size):
-    """Conversations, each a list of prompts as token ids: one for each turn of the model, `num_queries` in all.
 
-    A prompt is what comes before the turn, and a last token which says how long the answer is to be. One to five turns stand
-    anywhere but in the first quarter of a conversation, which holds the tools and the question: so the prompts hold about 2.4 times the
-    tokens of each conversation's longest, as those of real conversations of this data do.
+def end_turns_as_drawn(model, end_of_turn, max_new_tokens):
+    """Make the model count down from a drawn number, which hangs on the prompt's length alone.
+
+    It says FIRST_WORD + n for n more tokens to come, at the end its <end_of_turn>, and after that,
+    where nothing stops it, any words.
     """
-    rng, conversations = random.Random(1), []
-    # In thirds of the number of queries, each spread evenly over the lengths, until there are enough.
-    rows = itertools.chain.from_iterable(workload.draw_rows(num_queries // 3 + 1, vocab_size, seed=seed) for seed in itertools.count())
-    while num_queries:
-        ids = next(rows)["input_ids"]
-        starts = sorted(rng.sample(range(len(ids) // 4, len(ids)), min(rng.randint(1, 5), num_queries)))
-        answers = [max(2, min(max_new_tokens, workload.draw_turn(rng) * max_new_tokens // 256)) for _ in starts]
-        conversations.append([[*ids[:start], workload.FIRST_WORD + answer] for start, answer in zip(starts, answers)])
-        num_queries -= len(starts)
-    return conversations
-
-
-def end_turns_as_drawn(model):
-    """Make the model count down: after a token that stands for n come those for n - 1 to 1, then the end of the turn."""
     import torch
 
+    lengths = [workload.draw_turn(random.Random(n)) * max_new_tokens // 256 for n in range(8192)]
+    lengths = torch.tensor(lengths, device=model.device).clamp(2, max_new_tokens - 1)
+
     def count_down(module, arguments, options, outputs):
-        next_token = options["input_ids"][:, -1] - 1
-        next_token[next_token == workload.FIRST_WORD] = workload.END_OF_TURN
-        next_token[next_token < workload.END_OF_TURN] = workload.FIRST_WORD - 1  # past its end, of which the published recipe knows nothing
-        outputs.logits[torch.arange(len(next_token)), -1, next_token] = torch.inf
+        tokens = options["input_ids"]
+        if tokens.shape[1] > 1:  # a prompt
+            following = FIRST_WORD + lengths[options["attention_mask"].sum(dim=1)]
+        else:
+            following = tokens[:, -1] - 1
+        following = following.masked_fill(following == FIRST_WORD, end_of_turn)
+        following = following.masked_fill(following == end_of_turn - 1, FIRST_WORD - 1)
+        outputs.logits[torch.arange(len(following)), -1, following] = torch.inf
 
     model.register_forward_hook(count_down, with_kwargs=True)
 
 
-def generate_in_plain_way(model, prompts, max_new_tokens):
-    """The library's generation for a batch of prompts padded on the left."""
-    import torch
-    from transformers import GenerationConfig
+def load_published(model_dir, device, dtype):
+    """The published model: eager attention, and an adapter that is not merged."""
+    import transformers
+    from peft import LoraConfig, get_peft_model
 
-    width = max(map(len, prompts))
-    ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts], device=model.device)
-    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=model.device)
-    model.generation_config = GenerationConfig(max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=[1], pad_token_id=0)
-    with torch.inference_mode():
-        model.generate(input_ids=ids, attention_mask=mask)
+    import function_calling_train as train
+
+    options = {"dtype": dtype, "attn_implementation": "eager"}
+    model = transformers.AutoModelForCausalLM.from_pretrained(model_dir, **options).to(device)
+    targets = [*train.LORA_TARGETS, "embed_tokens", "lm_head"]
+    lora = LoraConfig(r=16, lora_alpha=64, target_modules=targets, task_type="CAUSAL_LM")
+    return get_peft_model(model, lora).eval()
 
 
 def measure(args):
     """Answer the queries in one way; returns a dict of what was measured."""
-    import torch
-    from transformers.utils import logging
+    import transformers
 
     import evaluation
+    import function_calling_train as train
 
-    logging.set_verbosity_error()
-    dtype = evaluation.choose_device()[1]
-    config = json.loads((args.model_dir / "config.json").read_text())
-    conversations = draw_conversations(args.queries, args.max_new_tokens, config["vocab_size"])
-    prompts = [prompt for conversation in conversations for prompt in conversation]
-    answer_lengths = [prompt[-1] - workload.FIRST_WORD for prompt in prompts]
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    model_dir, split = args.work_dir / "model", args.work_dir / "split.jsonl"
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model_dir)
+    _, tokenizer.chat_template = train.make_templates(train.read_split(split)[1])
+    end_of_turn = tokenizer.convert_tokens_to_ids("<end_of_turn>")
+    device, dtype = evaluation.choose_device()
+    queries, answers = evaluation.read_queries(split), []
+    flags = evaluation.parse_args(["--max-new-tokens", str(args.max_new_tokens)])
     if args.side == "published":
-        from peft import LoraConfig, get_peft_model
-        from transformers import AutoModelForCausalLM
-
-        import function_calling_train as train
-
-        model = AutoModelForCausalLM.from_pretrained(args.model_dir, dtype=dtype, attn_implementation="eager").to(args.device).eval()
-        end_turns_as_drawn(model)
-        targets = [*train.LORA_TARGETS, "embed_tokens", "lm_head"]
-        model = get_peft_model(model, LoraConfig(r=16, lora_alpha=64, target_modules=targets, task_type="CAUSAL_LM")).eval()
-        batches = [list(range(start, min(start + 24, len(prompts)))) for start in range(0, len(prompts), 24)]
+        model = load_published(model_dir, device, dtype)
+        end_turns_as_drawn(model.get_base_model(), end_of_turn, args.max_new_tokens)
     else:
-        model = evaluation.load_model(args.model_dir, None, args.device, dtype)
-        end_turns_as_drawn(model)
-        flags = evaluation.parse_args(["--max-new-tokens", str(args.max_new_tokens)])
-        number = itertools.count()
-        lengths = [{next(number): len(prompt) for prompt in conversation} for conversation in conversations]
-        batches = evaluation.plan_batches(lengths, flags, evaluation.count_tokens_that_fit(model))
+        model = evaluation.load_model(model_dir, None, device, dtype)
+        end_turns_as_drawn(model, end_of_turn, args.max_new_tokens)
+
     start = time.perf_counter()
-    for batch in batches:
-        batch_prompts = [prompts[index] for index in batch]
-        if args.side == "published":
-            generate_in_plain_way(model, batch_prompts, args.max_new_tokens)
-            continue
-        outputs = evaluation.generate_batch(model, batch_prompts, [1, workload.END_OF_TURN], 0, args.max_new_tokens)
-        for index, (tokens, ended) in zip(batch, outputs, strict=True):
-            assert len(tokens) + ended == answer_lengths[index], "the model did not end its turns as drawn"
-    if args.device == "cuda":
-        torch.cuda.synchronize()
+    if args.side == "published":
+        prompts = [evaluation.encode_prompt(query["prompt"], tokenizer, False) for query in queries]
+        stop_ids = [tokenizer.eos_token_id]
+        for n in range(0, len(prompts), 24):
+            batch = prompts[n : n + 24], stop_ids, args.max_new_tokens
+            answers += evaluation.generate_batch(model, tokenizer, *batch)
+    else:
+
+        def keep(query, text, finish_reason):
+            answers.append((text, finish_reason))
+
+        evaluation.ask_model(queries, set(), model, tokenizer, flags, keep)
+        assert {reason for _, reason in answers} == {"end_of_turn"}, "turns did not end as drawn"
     seconds = time.perf_counter() - start
-    return {"queries_per_second": len(prompts) / seconds, "tokens_per_second": sum(answer_lengths) / seconds, "seconds": seconds,
-            "peak_gb": workload.peak_memory(args.device), "host_gb": workload.peak_memory("cpu"), "batches": len(batches)}
+    assert len(answers) == len(queries)
+    return {
+        "queries_per_second": len(queries) / seconds,
+        "seconds": seconds,
+        "queries": len(queries),
+        "peak_gb": workload.peak_memory(),
+    }
 
 
 def main():
-    parser = workload.make_parser("Generation against the published configuration.")
-    parser.add_argument("--queries", type=int, help="prompts to answer (default: 48 on CPU, 1,100 on CUDA)")
-    parser.add_argument("--max-new-tokens", type=int, help="longest output, tokens; outputs shrink with it (default: 64 on CPU, 256 on CUDA)")
-    args = workload.parse_args(parser)
-    if args.queries is None:
-        args.queries = 1100 if args.device == "cuda" else 48
-    if args.max_new_tokens is None:
-        args.max_new_tokens = 256 if args.device == "cuda" else 64
-    if args.queries < 1 or args.max_new_tokens < 2:
-        parser.error("--queries must be at least 1, --max-new-tokens at least 2")
+    def add_arguments(parser):
+        add = parser.add_argument
+        add("--conversations", type=int, default=12, help="whose turns are asked (default: 12)")
+        add("--max-new-tokens", type=int, default=64, help="longest answer, tokens (default: 64)")
+
+    args = workload.parse_args(__doc__.splitlines()[0], add_arguments)
     if args.side:
-        print(json.dumps(measure(args)))
+        print("\n" + json.dumps(measure(args)))
         return
-    with tempfile.TemporaryDirectory() as model_dir:
-        workload.write_model(args.model, model_dir)
-        arguments = ["--device", args.device, "--queries", str(args.queries), "--max-new-tokens", str(args.max_new_tokens),
-                     "--model-dir", model_dir]
-        results = {side: workload.run_side(__file__, side, arguments) for side in ("published", "ours")}
-    conversations = draw_conversations(args.queries, args.max_new_tokens, workload.vocab_size(args.model))
-    lengths = [len(prompt) for conversation in conversations for prompt in conversation]
-    title = (f"Generation, shape of {args.model}, {args.queries:,} prompts of {len(conversations):,} conversations, {min(lengths)} to "
-             f"{max(lengths):,} tokens (mean {sum(lengths) / len(lengths):,.0f}), at most {args.max_new_tokens} new ones; {workload.describe_machine(args.device)}")
-    workload.print_table(title, [
+    results = workload.run_sides(__file__, SIDES, args, args.conversations)
+    rows = [
         ("queries/s", "queries_per_second", "{:,.3f}"),
-        ("tokens/s of answers", "tokens_per_second", "{:,.1f}"),
         ("time (s)", "seconds", "{:,.1f}"),
-        ("batches", "batches", "{:,}"),
-        *workload.memory_rows(args.device),
-    ], results, "published")
+        ("queries", "queries", "{:,}"),
+        ("peak memory (GB)", "peak_gb", "{:,.2f}"),
+    ]
+    title = f"Generation, {args.conversations} conversations, {args.max_new_tokens} tokens at most"
+    workload.print_results(title, args, rows, results, "published")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

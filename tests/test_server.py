@@ -1,0 +1,240 @@
+"""Step 3 with --server: what is asked, read, retried, named and resumed."""
+
+import json
+
+import pytest
+from chat_server import ChatServer, completion
+from conftest import assert_fails_in_one_line, run_script
+
+import evaluation
+
+CALL = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Oslo"}}\n</tool_call>'
+
+
+@pytest.fixture
+def split(tmp_path):
+    """Six conversations of a call and an answer each: twelve queries."""
+    rows = []
+    for number in range(6):
+        messages = [
+            {"role": "user", "content": f"Weather? <end_of_turn> {number}"},
+            {"role": "assistant", "content": CALL},
+            {"role": "tool", "content": "<tool_response>\n7\n</tool_response>"},
+            {"role": "assistant", "content": "It is 7 degrees."},
+        ]
+        tools = [
+            {"name": "get_weather", "parameters": {"properties": {"city": {"type": "string"}}}}
+        ]
+        rows.append({"id": str(number), "messages": messages, "tools": json.dumps(tools)})
+    path = tmp_path / "test.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def serve():
+    servers = []
+
+    def start(answer, **options):
+        servers.append(ChatServer(answer, **options))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.close()
+
+
+@pytest.fixture
+def ask(tmp_path, tiny_model, split, monkeypatch):
+    """Run the evaluation against a server in this process, with short waits."""
+    monkeypatch.setattr(evaluation, "RETRY_WAITS", (0.01, 0.02, 0.04))
+    monkeypatch.chdir(tmp_path)
+
+    def run(server, *flags):
+        evaluation.main(
+            [
+                "--model",
+                str(tiny_model),
+                "--test-file",
+                str(split),
+                "--output-dir",
+                "results",
+                "--server",
+                server.url,
+                *flags,
+            ]
+        )
+
+    return run
+
+
+def read_results(tmp_path, tiny_model, label="tuned"):
+    folder = tmp_path / "results" / tiny_model.name / label
+    lines = (folder / "predictions.jsonl").read_text().splitlines()
+    return list(map(json.loads, lines)), json.loads((folder / "metrics.json").read_text())
+
+
+def echo(body, times):
+    """A perfect model: a call to a question, an answer to a result."""
+    return completion("It is 7 degrees." if len(body["messages"]) == 3 else CALL)
+
+
+def test_the_tuned_model_gets_the_messages_as_they_are_and_the_base_a_user_turn(
+    serve, ask, tmp_path, tiny_model
+):
+    """Catches a tool turn that a stock template refuses, a forged turn, a key sent astray."""
+    server = serve(echo)
+    ask(server)
+    predictions, metrics = read_results(tmp_path, tiny_model)
+    assert len(predictions) == 12 and metrics["scores"]["turn_right"]["value"] == 1
+    assert metrics["scores"]["function_calling"] == {"value": 1, "n": 6, "interval": [1, 1]}
+    assert metrics["run"]["served_model"] == "the-model"
+    roles = {tuple(message["role"] for message in body["messages"]) for body in server.requests}
+    assert roles == {("user",), ("user", "assistant", "tool")}
+    first = server.requests[0]
+    assert (first["model"], first["max_tokens"], first["temperature"]) == ("the-model", 256, 0)
+    assert "<end_of_turn>" in first["messages"][0]["content"]
+    assert set(server.headers) == {"Bearer EMPTY"}
+    server.requests.clear()
+    ask(server, "--baseline")
+    roles = {tuple(message["role"] for message in body["messages"]) for body in server.requests}
+    assert roles == {("user",), ("user", "assistant", "user")}
+    assert "<end_of_turn >" in server.requests[0]["messages"][0]["content"]
+    assert read_results(tmp_path, tiny_model, "base")[1]["queries"] == 12
+
+
+def test_tool_calls_beside_no_content_are_read_as_the_text_of_a_call(
+    serve, ask, tmp_path, tiny_model
+):
+    """vLLM's and llama.cpp's parsers take calls out of the text; arguments are text or object."""
+
+    def parsed(body, times):
+        if len(body["messages"]) == 3:
+            return completion("It is 7 degrees.")
+        arguments = (
+            {"city": "Oslo"} if "0" in body["messages"][0]["content"] else '{"city": "Oslo"}'
+        )
+        function = {"name": "get_weather", "arguments": arguments}
+        content = "" if "1" in body["messages"][0]["content"] else None
+        return completion(
+            content, "tool_calls", [{"id": "1", "type": "function", "function": function}]
+        )
+
+    ask(serve(parsed))
+    predictions, metrics = read_results(tmp_path, tiny_model)
+    assert {p["output"] for p in predictions if p["turn"] == 1} == {CALL}
+    assert metrics["scores"]["turn_right"]["value"] == metrics["scores"]["valid_call"]["value"] == 1
+    assert metrics["finish_reasons"] == {"end_of_turn": 12}
+
+
+def test_concurrency_bounds_what_is_asked_at_once(serve, ask):
+    server = serve(echo, delay=0.05)
+    ask(server, "--concurrency", "3")
+    assert server.most_at_once == 3
+
+
+def test_passing_failures_are_asked_again_after_growing_waits(
+    serve, ask, tmp_path, tiny_model, monkeypatch
+):
+    """Catches a query lost to a busy server, and one asked again without a pause."""
+    waits, sleep = [], evaluation.asyncio.sleep
+
+    async def note(seconds):
+        waits.append(seconds)
+        await sleep(0)
+
+    monkeypatch.setattr(evaluation.asyncio, "sleep", note)
+    monkeypatch.setattr(evaluation.random, "uniform", lambda low, high: 1)
+    failing = [429, 500, None]
+    server = serve(lambda body, times: failing[times] if times < 3 else echo(body, times))
+    ask(server)
+    predictions, metrics = read_results(tmp_path, tiny_model)
+    assert len(server.requests) == 12 * 4 and metrics["scores"]["turn_right"]["value"] == 1
+    assert sorted(waits) == [0.01] * 12 + [0.02] * 12 + [0.04] * 12
+
+
+def test_a_stalling_server_is_given_up_on(serve, ask, tmp_path, tiny_model, monkeypatch):
+    monkeypatch.setattr(evaluation, "REQUEST_TIMEOUT", 0.3)
+    server = serve(echo, delay=1)
+    with pytest.raises(SystemExit, match="12 queries failed.*TimeoutError"):
+        ask(server, "--concurrency", "12")
+
+
+def test_a_failed_query_is_counted_named_and_asked_again(serve, ask, tmp_path, tiny_model, capsys):
+    """A refusal is not repeated; --resume asks what failed, and only that."""
+    broken = True
+
+    def answer(body, times):
+        is_failing = broken and "3" in body["messages"][0]["content"]
+        return (400 if len(body["messages"]) == 1 else 500) if is_failing else echo(body, times)
+
+    server = serve(answer)
+    with pytest.raises(SystemExit, match=r"error: 2 queries failed .*\('3', 1\).*400"):
+        ask(server)
+    assert len(server.requests) == 10 + 1 + 4
+    predictions, metrics = read_results(tmp_path, tiny_model)
+    assert metrics["queries"] == 12 and metrics["failures"] == {"failed": 2}
+    assert metrics["scores"]["turn_right"]["value"] == metrics["scores"]["recall"]["value"] == 5 / 6
+    assert metrics["scores"]["helpful_exchange"]["value"] == 5 / 6
+    assert "base" not in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="--resume goes on with it"):
+        ask(server)
+    broken = False
+    server.requests.clear()
+    ask(server, "--resume")
+    assert len(server.requests) == 2
+    _, metrics = read_results(tmp_path, tiny_model)
+    assert metrics["scores"]["turn_right"]["value"] == 1 and metrics["failures"] == {}
+
+
+def test_an_answer_that_is_none_is_a_failure_and_no_exception(serve, ask, tmp_path, tiny_model):
+    strange = [
+        {},
+        {"choices": []},
+        {"choices": [{"message": {"content": 3}}]},
+        [1],
+        completion("x", "content_filter"),
+        completion("\ud800 x"),
+    ]
+    number = {str(n): answer for n, answer in enumerate(strange)}
+    server = serve(lambda body, times: number[body["messages"][0]["content"][-1]])
+    with pytest.raises(SystemExit, match="10 queries failed"):
+        ask(server)
+    predictions, _ = read_results(tmp_path, tiny_model)
+    assert {p["output"] for p in predictions if p["finish_reason"] == "end_of_turn"} == {"? x"}
+
+
+@pytest.mark.parametrize(
+    "served, flags, model",
+    [
+        (["anything"], [], "anything"),
+        (
+            ["base", "adapters/LoRA_{name}-function_calling"],
+            [],
+            "adapters/LoRA_{name}-function_calling",
+        ),
+        (["google/{name}", "fc"], ["--baseline"], "google/{name}"),
+        (["base", "fc"], ["--server-model", "fc"], "fc"),
+        (["base", "fc"], [], None),
+        (["base"], ["--server-model", "fc"], None),
+        ([], [], None),
+    ],
+)
+def test_which_model_is_asked(serve, tmp_path, tiny_model, served, flags, model):
+    served = [name.format(name=tiny_model.name) for name in served]
+    server = serve(echo, served=served)
+    args = evaluation.parse_args(["--model", str(tiny_model), "--server", server.url, *flags])
+    if model:
+        assert evaluation.choose_served_model(args, {}) == model.format(name=tiny_model.name)
+    else:
+        with pytest.raises(SystemExit, match="^error: --server-model is to be one of"):
+            evaluation.choose_served_model(args, {})
+
+
+def test_a_server_that_is_not_there_is_told_in_one_line(tmp_path, tiny_model, split):
+    for url in ("http://127.0.0.1:9/v1", "127.0.0.1:8000", "http://"):
+        flags = ["--model", tiny_model, "--test-file", split, "--server", url]
+        assert_fails_in_one_line(
+            run_script("evaluation.py", *flags, cwd=tmp_path), f"--server {url}"
+        )
+    assert not (tmp_path / "evaluation_results").exists()
