@@ -19,14 +19,10 @@ REFUSAL = {
 
 
 def describe_file(name, path):
-    """A file in a listing; weights lie outside git, where the sha256 is what names them."""
+    """A file in a listing, named by its content as git does it."""
     content = path.read_bytes()
     blob = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
-    entry = {"type": "file", "path": name, "size": len(content), "oid": blob}
-    if path.suffix == ".safetensors":
-        oid = hashlib.sha256(content).hexdigest()
-        entry["lfs"] = {"oid": oid, "size": len(content), "pointerSize": 130}
-    return entry
+    return {"type": "file", "path": name, "size": len(content), "oid": blob}
 
 
 class Hub:
@@ -96,8 +92,7 @@ class Hub:
         if is_api and rest[0] == "tree":
             return 200, [describe_file(*file) for file in files.items()], {}
         if not is_api and rest[2] in files:
-            entry = describe_file(rest[2], files[rest[2]])
-            etag = entry.get("lfs", entry)["oid"]
+            etag = describe_file(rest[2], files[rest[2]])["oid"]
             headers = {"ETag": f'"{etag}"', "X-Repo-Commit": COMMIT}
             return 200, files[rest[2]].read_bytes(), headers
         return 404, b"", {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": COMMIT}
