@@ -95,7 +95,7 @@ def test_hub_id_and_local_folder_alike_and_upload_only_when_asked(
     (TRAIN, MODEL, "--model", "HF_HUB_OFFLINE=0"),
 ])  # fmt: skip
 def test_gated_absent_and_offline_are_one_line_each_that_says_what_to_do(
-    hub, run, splits, script, repo, what, no_network
+    hub, run, splits, tiny_model, script, repo, what, no_network
 ):
     split = splits / "function_calling_train.jsonl"
     command = [script, "--train-file", split] if script == TRAIN else [script]
@@ -106,4 +106,7 @@ def test_gated_absent_and_offline_are_one_line_each_that_says_what_to_do(
     assert_fails_in_one_line(run(*command), repo[1], "ask for access", "https://")
     hub.url = "http://127.0.0.1:9"  # where nobody listens
     assert_fails_in_one_line(run(*command), "onnect" if script == TRAIN else no_network)
+    if script == TRAIN:
+        upload = run(*command, what, tiny_model, "--push-to-hub", "me/adapter")
+        assert_fails_in_one_line(upload, "onnect")
     assert not list(run.work.iterdir())

@@ -17,7 +17,10 @@ import prepare_function_calling_dataset as prepare
 REAL_ROWS = SHARED / "data/glaive_function_calling_300.json"
 OPENAI_ROWS = SHARED / "cases/c02_openai_messages.jsonl"
 TOKENIZER = SHARED / "gemma3-tokenizer"
-TOOLS = [make_tool("get_weather", "city"), {**make_tool("f", "Straße"), "n": [1, 0.5, True]}]
+TOOLS = [
+    make_tool("get_weather", "city"),
+    {**make_tool("f", "Straße"), "n": [1, 0.5, True], "strict": None},
+]
 
 
 def wording(before_request):
@@ -87,8 +90,11 @@ def result(content):
     return {"role": "tool", "tool_call_id": "1", "content": content}
 
 
-OBJECT = {"name": "get_weather", "arguments": {"city": "São Paulo", "at": [1, {"b": False}]}}
-TEXT = {"name": "get_weather", "arguments": ' {"city":"Oslo"}\n'}
+OBJECT = {
+    "name": "get_weather",
+    "arguments": {"city": "São Paulo", "at": [1, {"b": False}], "n": None},
+}
+TEXT = {"name": "get_weather", "arguments": ' {"city":"Oslo","n":null}\n'}
 
 
 def test_openai_messages_by_hand(render):
@@ -98,16 +104,17 @@ def test_openai_messages_by_hand(render):
     messages = [
         {"role": "developer", "content": "Be brief."},
         user([{"type": "text", "text": "Oslo"}, {"type": "text", "text": "or Rome? "}]),
-        model(None, TEXT, {"name": "f", "arguments": {"Straße": 'say "ß"\n', "n": None}}),
+        model(None, TEXT, {"name": "f", "arguments": {"Straße": 'say "ß"\n', "n": [None]}}),
         result("7"),
         result("<tool_response>\n8\n</tool_response>"),
         model("Rome."),
     ]
     assert render(serving, messages, [{"name": "f"}], add_generation_prompt=True) == (
         '<bos><start_of_turn>user\nBe brief.\n\nT:[{"name": "f"}].\n\nOslo\nor Rome?<end_of_turn>\n'
-        '<start_of_turn>model\n<tool_call>\n{"name": "get_weather", "arguments": {"city":"Oslo"}}\n'
+        '<start_of_turn>model\n<tool_call>\n{"name": "get_weather", "arguments": '
+        '{"city":"Oslo","n":null}}\n'
         '</tool_call>\n<tool_call>\n{"name": "f", "arguments": {"Straße": "say \\"ß\\"\\n", '
-        '"n": null}}\n</tool_call><end_of_turn>\n'
+        '"n": [null]}}\n</tool_call><end_of_turn>\n'
         "<start_of_turn>user\n<tool_response>\n7\n</tool_response>\n<tool_response>\n8\n"
         "</tool_response><end_of_turn>\n<start_of_turn>model\nRome.<end_of_turn>\n"
         "<start_of_turn>model\n"
@@ -166,13 +173,15 @@ def test_real_rows_turned_into_openai_messages_are_the_text_that_is_trained_on(c
     assert len(rows) == 50
 
 
-# Not among the characters: control characters, which JSON writes as \\u0000 and the template as
-# they are, and "<", since control tokens are broken up.
+# Not drawn: control characters, which JSON writes as \\u0000 and the template as they are; "<",
+# since control tokens are broken up; keys with null, which both scripts leave out.
 kinds = {"exclude_categories": ["Cc", "Cs"], "include_characters": "\n\r\t"}
 words = st.text(st.characters(**kinds, exclude_characters="<"))
-scalars = st.none() | st.booleans() | st.integers() | words
+scalars = st.booleans() | st.integers() | words
 scalars |= st.floats(allow_nan=False, allow_infinity=False)
-values = st.recursive(scalars, lambda x: st.lists(x) | st.dictionaries(words, x), max_leaves=20)
+values = st.recursive(
+    scalars, lambda x: st.lists(x | st.none()) | st.dictionaries(words, x), max_leaves=20
+)
 SERVING = plain(train.make_templates(wording("\n\n"))[1])
 
 
