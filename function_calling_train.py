@@ -24,8 +24,6 @@ from pathlib import Path
 DEFAULT_MODEL = "google/gemma-3-1b-it"
 DEFAULT_TRAIN_FILE = Path("processed_data/function_calling_train.jsonl")
 LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-# Out of memory, in the words of CUDA, cuBLAS and a CPU; a full disk; a tracker that is not there.
-KNOWN_ERRORS = "out of memory|ALLOC_FAILED|allocate memory|inline_container|to be installed"
 # The arguments that a result depends on; a run that is resumed must have the same.
 RECIPE = """epochs conversations_per_step learning_rate lora_rank lora_alpha lora_dropout loss_on
 max_length validation_size seed load_in_4bit max_steps""".split()
@@ -206,7 +204,10 @@ def find_model(args):
     if folder.is_dir():
         return folder, None
     files = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
-    folder = Path(snapshot_download(args.model, revision=args.revision, allow_patterns=files))
+    try:
+        folder = Path(snapshot_download(args.model, revision=args.revision, allow_patterns=files))
+    except (OSError, HTTPError, ValueError) as error:
+        fail(f"--model {args.model}: ", error)
     return folder, folder.name
 
 
@@ -221,7 +222,7 @@ def load_model(folder, dtype, in_4bit=False):
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
         model = transformers.AutoModelForCausalLM.from_pretrained(folder, **options)
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, RuntimeError) as error:
         fail(f"{folder} cannot be loaded: ", error)
     if model.config.model_type != "gemma3_text":
         fail(f"{folder} holds a {model.config.model_type} model, not a Gemma 3 text model")
@@ -243,12 +244,11 @@ def build_datasets(conversations, tokenizer, template, args):
     dataset = datasets.Dataset.from_dict({"messages": conversations})
     dataset = dataset.map(encode, remove_columns="messages")
     short = dataset.filter(lambda row: len(row["input_ids"]) <= args.max_length)
-    try:
-        split = short.train_test_split(test_size=args.validation_size, seed=args.seed)
-    except ValueError as error:
-        fail(f"{args.train_file}: {len(short)} of {len(dataset)} conversations are used: ", error)
-    whole = len(split["train"]) // args.conversations_per_step * args.conversations_per_step
-    training = split["train"].select(range(whole or len(split["train"])))  # whole steps
+    if len(short) < 2 or not 0 < args.validation_size < 1:
+        fail(f"{len(short)} of {len(dataset)} conversations fit --max-length and --validation-size")
+    split = short.train_test_split(test_size=args.validation_size, seed=args.seed)
+    num_over = len(split["train"]) % args.conversations_per_step  # steps are whole
+    training = split["train"].select(range(len(split["train"]) - num_over or num_over))
     return training, split["test"], len(dataset) - len(training) - len(split["test"])
 
 
@@ -355,7 +355,6 @@ def plot_losses(history, path, title):
         points = [(entry["step"], entry[key]) for entry in history if key in entry]
         axes.plot(*zip(*points, strict=True), style, label=label)
     axes.set(title=title, xlabel="optimizer step", ylabel="loss (nats per token)")
-    axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=150)
 
@@ -389,8 +388,7 @@ def write_results(trainer, tokenizer, model_dir, template, args, run):
     }
     (folder / "training_run.json").write_text(json.dumps(training_run, indent=2))
     print(f"Trained     {state.global_step:,} steps in {history[-1]['train_runtime']:,.0f} s")
-    print(f"Kept        step {state.best_global_step}, validation loss {state.best_metric:.4f}")
-    print(f"Adapter     {folder}/")
+    print(f"Adapter     {folder}/, validation loss {state.best_metric:.4f}")
 
 
 def merge_adapter(model_dir, adapter_dir, merged_dir):
@@ -455,11 +453,12 @@ def main(argv=None):
             for old in checkpoint_dir.glob("checkpoint-*"):
                 shutil.rmtree(old)
             begun.write_text(json.dumps(run, indent=2), encoding="utf-8")
-        print(f"Model       {args.model}, {run['dtype']} on {device}")
+        print(
+            f"Model       {args.model}, {run['dtype']} on {device}, from {checkpoint or 'step 0'}"
+        )
         print(
             f"Data        {len(training)} + {len(validation)} to validate with, {left_out} left out"
         )
-        print(f"Begins      at {checkpoint.name if checkpoint else 'step 0'}")
     trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
     if is_main:
         write_results(trainer, tokenizer, model_dir, serving_template, args, run)
@@ -473,7 +472,8 @@ if __name__ == "__main__":
     except (OSError, HTTPError, HFValidationError, SafetensorError) as error:
         fail("", error)
     except RuntimeError as error:
-        if not re.search(KNOWN_ERRORS, str(error)):
+        # Memory, the disk or a tracker's package is missing; all else is a bug.
+        if not re.search("of memory|allocate|ALLOC_FAILED|inline_container|installed", str(error)):
             raise
         fail("--resume goes on; --batch-size 1 --activation-checkpointing saves memory: ", error)
     except KeyboardInterrupt:
