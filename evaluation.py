@@ -306,19 +306,19 @@ def write_answer(file, scorer, query, output, finish_reason, error=None):
     score = score_output(kind, wanted, scorer.encode(output, add_special_tokens=False).ids)
     prediction = {key: query[key] for key in ("conversation_id", "turn", "reference")}
     prediction |= {"kind": kind, "output": output, "score": score, "finish_reason": finish_reason}
-    prediction |= {"error": error} if error else {}
+    if error:
+        prediction["error"] = error
     file.write(json.dumps(prediction, ensure_ascii=False) + "\n")
     file.flush()
 
 
 def begin_results(args, results_dir, run):
-    """Write run.json and return the keys of what is answered; another evaluation is neither
-    replaced nor gone on with unasked."""
+    """Write run.json, and return the keys of what is answered in an evaluation to go on with."""
     path, answered = results_dir / "predictions.jsonl", []
     if path.exists() and args.resume:
         earlier = json.loads((results_dir / "run.json").read_text())
-        compared = [key for key in run if key not in ("arguments", "versions")]
-        changed = [key for key in compared if run[key] != earlier.get(key)]
+        changed = [key for key in run if run[key] != earlier.get(key)]
+        changed = [key for key in changed if key not in ("arguments", "versions")]
         if changed:
             sys.exit(f"error: {results_dir} holds an evaluation of another {', '.join(changed)}")
         os.truncate(path, path.read_bytes().rfind(b"\n") + 1)  # of a torn last line
@@ -453,26 +453,14 @@ def read_tools(tools_text):
     tools = {}
     for tool in json.loads(tools_text, object_hook=read_schema) or []:
         function = tool.get("function", tool)
-        schema = function.get("parameters", {})
-        try:  # formats, and with them patterns, are not looked at
-            Draft202012Validator.check_schema(schema, FormatChecker(()))
-        except Exception:  # there is no closed list of what rubbish makes the library raise
-            schema = None
-        tools.setdefault(function.get("name"), schema)
+        if isinstance(function, dict):
+            schema = function.get("parameters", {})
+            try:  # formats, and with them patterns, are not looked at
+                Draft202012Validator.check_schema(schema, FormatChecker(()))
+            except Exception:  # there is no closed list of what rubbish makes the library raise
+                schema = None
+            tools.setdefault(str(function.get("name")), schema)
     return tools
-
-
-def make_checker():
-    """A validator whose "$ref" leaves no schema, and gives up where references never end."""
-    followed = []
-
-    def follow(validator, reference, instance, schema):
-        followed.append(reference)
-        if len(followed) > MAX_REFERENCES or not reference.startswith("#"):
-            raise ValueError
-        return Draft202012Validator.VALIDATORS["$ref"](validator, reference, instance, schema)
-
-    return extend(CHECKER, {"$ref": follow})
 
 
 def list_objects(value):
@@ -486,11 +474,20 @@ def list_objects(value):
 
 def find_problems(call, tools):
     """What the declared tools have against a call, as a list of words; None if it is unchecked."""
+    followed = []
+
+    def follow(validator, reference, instance, schema):
+        """The keyword "$ref", which leaves no schema and gives up where references never end."""
+        followed.append(reference)
+        if len(followed) > MAX_REFERENCES or not reference.startswith("#"):
+            raise ValueError
+        return Draft202012Validator.VALIDATORS["$ref"](validator, reference, instance, schema)
+
     if call["name"] not in tools:
         return ["unknown function"]
     schema, arguments = tools[call["name"]], call["arguments"]
     try:
-        checker = make_checker() if "$ref" in json.dumps(schema) else CHECKER
+        checker = extend(CHECKER, {"$ref": follow}) if "$ref" in json.dumps(schema) else CHECKER
         keywords = {error.validator for error in checker(schema).iter_errors(arguments)}
         # An argument is to be declared here or, where the schema branches, in any part of it.
         parts = list_objects(schema) if BRANCHES & set(schema) else [schema]
@@ -510,17 +507,15 @@ def judge_turn(prediction, tools, seen_tools=None):
     problems = [find_problems(call, tools) for call in calls]
     counts = {prediction["kind"]: (prediction["score"], 1)}
     counts["valid_call"] = (problems.count([]), len(problems) - problems.count(None))
-    verdict = {"failure": None, "problems": problems, "counts": counts}
-    verdict["is_faulty"] = wanted is None
+    verdict = {"failure": None, "problems": problems, "counts": counts, "is_faulty": wanted is None}
     if wanted is None:  # by it no output is judged
         return verdict
     needed, hit, attempted = bool(wanted), bool(wanted and calls), bool(calls or is_malformed)
     counts["precision"] = (hit, attempted)
     counts["recall"] = (hit, needed)
     counts["f1"] = (2 * hit, attempted + needed)
-    wanted, calls = (
-        sorted((call["name"], call["text"]) for call in side) for side in (wanted, calls)
-    )
+    wanted = sorted((call["name"], call["text"]) for call in wanted)  # in any order
+    calls = sorted((call["name"], call["text"]) for call in calls)
     is_right = wanted == calls and not is_malformed
     names_right = [name for name, _ in wanted] == [name for name, _ in calls]
     arguments_right = sorted(text for _, text in wanted) == sorted(text for _, text in calls)
@@ -592,7 +587,8 @@ def judge_predictions(path, queries, seen_tools):
     of_calls = [problems for turn in turns for problems in turn["problems"]]
     report["problems"] = Counter(word for problems in of_calls for word in problems or [])
     num_faulty = sum(turn["is_faulty"] for turn in turns)
-    report["left_out"] = {"unchecked calls": of_calls.count(None), "faulty references": num_faulty}
+    left_out = {"unchecked calls": of_calls.count(None), "faulty references": num_faulty}
+    report["left_out"] = Counter(left_out)
     return judged, report
 
 
@@ -611,19 +607,15 @@ def format_scores(columns, published):
     """A table of scores; `columns` maps titles to what estimate returns."""
     rows = [["", "n", *columns, "published"]]
     for metric in METRICS:
-        row, numbers = [], []
+        row, n = [], ""  # n is that of the last column
         for title, scores in columns.items():
             cell, sign = "-", "+" if title == "difference" else ""
             if metric in scores:
-                low, high = scores[metric]["interval"]
-                cell = f"{scores[metric]['value']:{sign}.3f} [{low:{sign}.3f}, {high:{sign}.3f}]"
-                numbers.append(f"{scores[metric]['n']:,}")
+                value, n, (low, high) = scores[metric].values()
+                cell = f"{value:{sign}.3f} [{low:{sign}.3f}, {high:{sign}.3f}]"
             row.append(cell)
-        figures = [
-            str(scores[metric]["value"]) for scores in published.values() if metric in scores
-        ]
-        n = "/".join(dict.fromkeys(numbers))
-        rows.append([metric.replace("_", " "), n, *row, " / ".join(figures)])
+        figures = [str(scores[metric]["value"]) for scores in published if metric in scores]
+        rows.append([metric.replace("_", " "), str(n), *row, " / ".join(figures)])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join("  ".join(map(str.rjust, row, widths)).rstrip() for row in rows)
 
@@ -669,16 +661,18 @@ def report_results(args, results_dir, queries):
     published = {}
     for title, figures in PUBLISHED.get(run["model"], {}).items():
         pairs = zip(METRICS, figures, strict=False)  # of the first two
-        published[title] = {metric: {"value": v, "interval": (v, v)} for metric, v in pairs}
+        published[f"published, {title}"] = {
+            metric: {"value": v, "interval": (v, v)} for metric, v in pairs
+        }
     plot_scores(columns | published, run["model"], results_dir.with_name("comparison.png"))
     metrics = {**report, "run": run}
     if difference:
         columns["difference"] = metrics["difference_to_base"] = difference
     (results_dir / "metrics.json").write_text(json.dumps(metrics, indent=2))
-    print(f"Written to  {results_dir}/\n\n{format_scores(columns, published)}")
+    print(f"Written to  {results_dir}/\n\n{format_scores(columns, published.values())}")
     for key in ("failures", "problems", "left_out"):
         for title, part in reports.items():
-            found = ", ".join(f"{n:,} {words}" for words, n in part[key].items() if n)
+            found = ", ".join(f"{n:,} {words}" for words, n in part[key].most_common() if n)
             print(f"{key} of {title}: {found or 'none'}".replace("_", " "))
     wrong = [turn for turn in turns if turn["failure"]]
     for turn in random.Random(0).sample(wrong, min(args.show_failures, len(wrong))):
@@ -686,16 +680,14 @@ def report_results(args, results_dir, queries):
         print(f"REFERENCE\n{turn['reference']}\nOUTPUT\n{turn['output']}")
     if failed := [turn for turn in turns if turn["failure"] == "failed"]:
         words = "queries failed and count as wrong, --resume asks them again; the first:"
-        sys.exit(f"error: {len(failed)} {words} {key_of(failed[0])}, {failed[0]['error']}")
+        sys.exit(f"error: {len(failed)} {words} {key_of(failed[0])}, {failed[0].get('error')}")
 
 
 def main(argv=None):
     args = parse_args(argv)
     warnings.simplefilter("ignore")  # of libraries, and of odd escapes in what a model wrote
-    name, label = model_name(args.model), "tuned"
-    if args.baseline:
-        label = "base"
-    elif args.predictions:
+    name, label = model_name(args.model), "base" if args.baseline else "tuned"
+    if args.predictions:
         label = args.predictions.stem
     elif args.adapter and model_name(args.adapter) != f"LoRA_{name}-function_calling":
         label = model_name(args.adapter)
