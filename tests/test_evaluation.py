@@ -73,23 +73,20 @@ def read_lines(folder):
 # ---- Published scores
 
 
-@pytest.mark.parametrize(
-    "kind, reference, output, score",
-    [
-        ("function_calling", "abcde", "xxabcdexx", 1),
-        ("function_calling", "abcdef", "abcxdef", 3 / 6),
-        ("function_calling", "abcdef", "defabc", 3 / 6),
-        ("function_calling", "abc", "", 0),
-        ("function_calling", "", "x", 0),
-        ("function_calling", "ab" * 300, "ab" * 150, 1 / 2),  # frequent tokens count
-        ("helpful_exchange", "abc", "cab", 1),  # order does not count
-        ("helpful_exchange", "abc", "axcy", 2 / 4),
-        ("helpful_exchange", "abc", "aaa", 1 / 3),  # as often as the reference holds it
-        ("helpful_exchange", "abc", "a", 1),
-        ("helpful_exchange", "abc", "", 0),
-        ("helpful_exchange", "", "a", 0),
-    ],
-)
+@pytest.mark.parametrize("kind, reference, output, score", [
+    ("function_calling", "abcde", "xxabcdexx", 1),
+    ("function_calling", "abcdef", "abcxdef", 3 / 6),
+    ("function_calling", "abcdef", "defabc", 3 / 6),
+    ("function_calling", "abc", "", 0),
+    ("function_calling", "", "x", 0),
+    ("function_calling", "ab" * 300, "ab" * 150, 1 / 2),  # frequent tokens count
+    ("helpful_exchange", "abc", "cab", 1),  # order does not count
+    ("helpful_exchange", "abc", "axcy", 2 / 4),
+    ("helpful_exchange", "abc", "aaa", 1 / 3),  # as often as the reference holds it
+    ("helpful_exchange", "abc", "a", 1),
+    ("helpful_exchange", "abc", "", 0),
+    ("helpful_exchange", "", "a", 0),
+])  # fmt: skip
 def test_published_scores_worked_out_by_hand(kind, reference, output, score):
     assert evaluation.score_output(kind, list(reference), list(output)) == score
 
@@ -249,15 +246,6 @@ def test_base_and_tuned_are_scored_and_compared(evaluate, splits, tiny_model, ca
         evaluate("--baseline", "--rescore")
 
 
-def test_batch_sizes_change_no_output_nor_does_bf16_change_the_form(evaluate, tmp_path):
-    one, five, rounded = (
-        evaluate(*flags, output=tmp_path / flags[-1]) / "tuned"
-        for flags in (["--batch-size", "1"], ["--batch-size", "5"], ["--dtype", "bfloat16"])
-    )
-    assert read_lines(one) == read_lines(five)
-    assert set(read_lines(rounded)) == set(read_lines(one))
-
-
 def test_a_killed_evaluation_goes_on_and_equals_an_undisturbed_one(
     evaluate, splits, tiny_model, tuned, tmp_path
 ):
@@ -298,30 +286,6 @@ def test_a_killed_evaluation_goes_on_and_equals_an_undisturbed_one(
     assert path.read_text().splitlines() == lines
     with pytest.raises(SystemExit, match="--overwrite replaces it"):
         evaluate(output=tmp_path / "cut")
-
-
-def test_the_hub_serves_what_a_folder_does(tiny_model, splits, tuned, tmp_path):
-    """The adapter is evaluated on the commit it was trained on; gated models end in one line."""
-    import shutil
-
-    from hub_server import COMMIT, Hub
-
-    hub, name = Hub(), "google/gemma-3-1b-it"
-    hub.repos = {("models", name): tiny_model}
-    adapter = tmp_path / "LoRA_gemma-3-1b-it-function_calling"
-    shutil.copytree(tuned / f"LoRA_{tiny_model.name}-function_calling", adapter)
-    (adapter / "training_run.json").write_text(json.dumps({"model": name, "commit": COMMIT}))
-    env = hub.environment(tmp_path / "cache")
-    flags = ["--test-file", splits / "function_calling_test.jsonl", "--limit", "1"]
-    process = run_script(SCRIPT, *flags, cwd=tmp_path, env=env)
-    assert process.returncode == 0 and "0.28 / 0.91 / 0.973" in process.stdout, process.stderr
-    run = json.loads((tmp_path / "evaluation_results/gemma-3-1b-it/tuned/run.json").read_text())
-    assert run["commit"] == COMMIT and any(COMMIT in path for _, path in hub.requests), hub.requests
-    hub.states["models", name] = "gated"
-    env = hub.environment(tmp_path / "other cache")
-    process = run_script(SCRIPT, *flags, "--baseline", cwd=tmp_path, env=env)
-    assert_fails_in_one_line(process, name, "restricted")
-    hub.close()
 
 
 # ---- What is refused

@@ -8,8 +8,8 @@ import time
 
 import numpy
 import pytest
-from conftest import ROOT, SHARED, make_tool
-from hypothesis import assume, given
+from conftest import ROOT, make_tool
+from hypothesis import given
 from hypothesis import strategies as st
 
 import evaluation
@@ -48,47 +48,45 @@ def tagged(text):
     return f"<tool_call>{text}</tool_call>"
 
 
-@pytest.mark.parametrize(
-    "text, calls",
-    [
-        ("Hello!", []),
-        ("", []),
-        (tagged('{"name": "f", "arguments": {"a": 1}}'), [("f", {"a": 1})]),
-        (
-            tagged("{'name': 'f', 'arguments': {'a': True, 'b': None}}"),
-            [("f", dict(a=True, b=None))],
-        ),
-        (tagged('{"name": "f", "arguments": "{\\"a\\": 1}"}'), [("f", {"a": 1})]),
-        (tagged("{'name': 'f', 'arguments': {'a': (1, 2)}}"), [("f", {"a": [1, 2]})]),
-        ("Sure. " + call("f") + "\n" + call("g", x="it's"), [("f", {}), ("g", {"x": "it's"})]),
-        (tagged('{"name": "f"}'), [("f", {})]),
-        (tagged('{"name": "f", "arguments": null}'), [("f", {})]),
-        (tagged('{"name": "f", "arguments": ""}'), [("f", {})]),
-    ],
-)
+@pytest.mark.parametrize("text, calls", [
+    ("Hello!", []),
+    ("", []),
+    (tagged('{"name": "f", "arguments": {"a": 1}}'), [("f", {"a": 1})]),
+    (
+        tagged("{'name': 'f', 'arguments': {'a': True, 'b': None}}"),
+        [("f", dict(a=True, b=None))],
+    ),
+    (tagged('{"name": "f", "arguments": "{\\"a\\": 1}"}'), [("f", {"a": 1})]),
+    (tagged("{'name': 'f', 'arguments': {'a': (1, 2)}}"), [("f", {"a": [1, 2]})]),
+    ("Sure. " + call("f") + "\n" + call("g", x="it's"), [("f", {}), ("g", {"x": "it's"})]),
+    (tagged('{"name": "f"}'), [("f", {})]),
+    (tagged('{"name": "f", "arguments": null}'), [("f", {})]),
+    (tagged('{"name": "f", "arguments": ""}'), [("f", {})]),
+])  # fmt: skip
 def test_calls_are_read_as_json_or_python_literals(text, calls):
     found = [(call["name"], call["arguments"]) for call in evaluation.parse_calls(text)]
     assert found == calls
 
 
+FAULTY_TAGS = ["<tool_call>", "f</tool_call>", call("f") + "</tool_call>", tagged(call("f"))]
+FAULTY_CALLS = [
+    "",
+    "f(a=1)",
+    "[1]",
+    '{"arguments": {}}',
+    '{"name": 3}',
+    "{'name': 'f', 'arguments': 0}",
+]
+FAULTY_CALLS += [f'{{"name": "f", "arguments": {given}}}' for given in ("[1]", '"Paris"', "{1, 2}")]
+
+
 @pytest.mark.parametrize(
     "text",
     [
-        "<tool_call>",
-        '{"name": "f", "arguments": {}}</tool_call>',
-        call("f") + "</tool_call>",
-        tagged(call("f")),
+        *FAULTY_TAGS,
         "</tool_call><tool_call>",
-        tagged(""),
-        tagged("f(a=1)"),
-        tagged("[1]"),
-        tagged('{"arguments": {}}'),
-        tagged('{"name": 3}'),
-        tagged('{"name": "f", "arguments": [1]}'),
-        tagged('{"name": "f", "arguments": 0}'),
-        tagged('{"name": "f", "arguments": "Paris"}'),
-        tagged("{'name': 'f', 'arguments': {'a': {1, 2}}}"),
-        call("f") + tagged("oops"),  # it spoils the turn
+        *map(tagged, FAULTY_CALLS),
+        call("f") + tagged("oops"),
     ],
 )
 def test_anything_else_is_malformed(text):
@@ -135,31 +133,28 @@ def test_no_string_whatsoever_raises(text):
 # ---- Right and wrong
 
 
-@pytest.mark.parametrize(
-    "output, name, arguments, whole, failure",
-    [
-        (call("f", a=1, b="x"), True, True, True, None),
-        (call("f", b="x", a=1.0), True, True, True, None),  # free order of keys; 1 equals 1.0
-        ("Of course: " + call("f", a=1, b="x"), True, True, True, None),
-        (call("f", a=True, b="x"), True, False, False, "wrong_arguments"),  # true is not 1
-        (call("f", a="1", b="x"), True, False, False, "wrong_arguments"),
-        (call("f", a=1, b="X"), True, False, False, "wrong_arguments"),  # strings to the letter
-        (call("f", a=1), True, False, False, "wrong_arguments"),
-        (
-            call("f", a=1, b="x", c=None),
-            True,
-            False,
-            False,
-            "wrong_arguments",
-        ),  # also optional ones
-        (call("g", a=1, b="x"), False, True, False, "wrong_function"),
-        (call("g", a=2, b="x"), False, False, False, "wrong_function"),
-        (call("f", a=1, b="x") * 2, False, False, False, "wrong_count"),
-        ("I cannot do that.", False, False, False, "no_call"),
-        ("", False, False, False, "no_call"),
-        ("<tool_call>f(1)</tool_call>", False, False, False, "malformed"),
-    ],
-)
+@pytest.mark.parametrize("output, name, arguments, whole, failure", [
+    (call("f", a=1, b="x"), True, True, True, None),
+    (call("f", b="x", a=1.0), True, True, True, None),  # free order of keys; 1 equals 1.0
+    ("Of course: " + call("f", a=1, b="x"), True, True, True, None),
+    (call("f", a=True, b="x"), True, False, False, "wrong_arguments"),  # true is not 1
+    (call("f", a="1", b="x"), True, False, False, "wrong_arguments"),
+    (call("f", a=1, b="X"), True, False, False, "wrong_arguments"),  # strings to the letter
+    (call("f", a=1), True, False, False, "wrong_arguments"),
+    (
+        call("f", a=1, b="x", c=None),
+        True,
+        False,
+        False,
+        "wrong_arguments",
+    ),  # also optional ones
+    (call("g", a=1, b="x"), False, True, False, "wrong_function"),
+    (call("g", a=2, b="x"), False, False, False, "wrong_function"),
+    (call("f", a=1, b="x") * 2, False, False, False, "wrong_count"),
+    ("I cannot do that.", False, False, False, "no_call"),
+    ("", False, False, False, "no_call"),
+    ("<tool_call>f(1)</tool_call>", False, False, False, "malformed"),
+])  # fmt: skip
 def test_a_call_against_its_reference(output, name, arguments, whole, failure):
     verdict = judge(call("f", a=1, b="x"), output)
     keys = ("name_right", "arguments_right", "turn_right")
@@ -167,75 +162,35 @@ def test_a_call_against_its_reference(output, name, arguments, whole, failure):
     assert verdict["failure"] == failure
 
 
-@pytest.mark.parametrize(
-    "reference, output, failure",
-    [
-        (call(a=2**53 + 1), call(a=2**53 + 1), None),
-        (call(a=2**53 + 1), call(a=2**53), "wrong_arguments"),  # ids are no floats
-        (call(a={"b": [1, {"c": [True]}]}), call(a={"b": [1.0, {"c": [True]}]}), None),
-        (call(a=[1, 2]), call(a=[2, 1]), "wrong_arguments"),
-        (call("f") + call("g", b=2), call("g", b=2) + call("f"), None),
-        (call("f") + call("g"), call("f") * 2, "wrong_function"),
-        (call("f") + call("g"), call("f"), "wrong_count"),
-        (call("f", a=1) + call("g", b=2), call("f", b=2) + call("g", a=1), "wrong_arguments"),
-    ],
-)
+@pytest.mark.parametrize("reference, output, failure", [
+    (call(a=2**53 + 1), call(a=2**53 + 1), None),
+    (call(a=2**53 + 1), call(a=2**53), "wrong_arguments"),  # ids are no floats
+    (call(a={"b": [1, {"c": [True]}]}), call(a={"b": [1.0, {"c": [True]}]}), None),
+    (call(a=[1, 2]), call(a=[2, 1]), "wrong_arguments"),
+    (call("f") + call("g", b=2), call("g", b=2) + call("f"), None),
+    (call("f") + call("g"), call("f") * 2, "wrong_function"),
+    (call("f") + call("g"), call("f"), "wrong_count"),
+    (call("f", a=1) + call("g", b=2), call("f", b=2) + call("g", a=1), "wrong_arguments"),
+])  # fmt: skip
 def test_numbers_lists_and_several_calls_are_compared_exactly(reference, output, failure):
     assert judge(reference, output)["failure"] == failure
 
 
-@pytest.mark.parametrize(
-    "reference, output, finish_reason, failure",
-    [
-        ("It is sunny.", "It is sunny.", "end_of_turn", None),
-        ("It is sunny.", "It is sunny, and", "max_new_tokens", "truncated"),
-        ("It is sunny.", "", "prompt_too_long", "truncated"),
-        ("It is sunny.", "", "failed", "failed"),
-        ("It is sunny.", call("f"), "end_of_turn", "unneeded_call"),
-        ("It is sunny.", "<tool_call>oops", "end_of_turn", "malformed"),
-        ("It is sunny.", "<tool_call>oops", "max_new_tokens", "truncated"),
-        (call("f"), call("f")[:-5], "max_new_tokens", "truncated"),
-        (call("f"), call("f") + " and then", "max_new_tokens", None),
-    ],
-)
+@pytest.mark.parametrize("reference, output, finish_reason, failure", [
+    ("It is sunny.", "It is sunny.", "end_of_turn", None),
+    ("It is sunny.", "It is sunny, and", "max_new_tokens", "truncated"),
+    ("It is sunny.", "", "prompt_too_long", "truncated"),
+    ("It is sunny.", "", "failed", "failed"),
+    ("It is sunny.", call("f"), "end_of_turn", "unneeded_call"),
+    ("It is sunny.", "<tool_call>oops", "end_of_turn", "malformed"),
+    ("It is sunny.", "<tool_call>oops", "max_new_tokens", "truncated"),
+    (call("f"), call("f")[:-5], "max_new_tokens", "truncated"),
+    (call("f"), call("f") + " and then", "max_new_tokens", None),
+])  # fmt: skip
 def test_turns_that_need_no_call_and_turns_cut_off(reference, output, finish_reason, failure):
     verdict = judge(reference, output, finish_reason)
     assert verdict["failure"] == failure
     assert ("turn_right" in verdict["counts"]) == ("tool_call" in reference)
-
-
-json_values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=5),
-    lambda inner: (
-        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3)
-    ),
-    max_leaves=6,
-)
-
-
-@given(
-    st.dictionaries(st.text(min_size=1, max_size=4), json_values, min_size=1, max_size=4), st.data()
-)
-def test_spelling_never_changes_a_verdict_and_a_changed_argument_always_does(values, data):
-    assume("tool_call>" not in json.dumps(values))
-    order = data.draw(st.permutations(list(values)))
-    body = {"arguments": {key: values[key] for key in order}, "name": "f"}
-    spelled = [
-        json.dumps(body),
-        json.dumps(body, indent=3),
-        json.dumps(body, ensure_ascii=False),
-        repr(body).replace("inf", "1e999"),
-        json.dumps({**body, "arguments": json.dumps(values)}),
-    ]
-    text = data.draw(st.sampled_from(spelled))
-    assert judge(call("f", **values), f"<tool_call> {text}\n</tool_call>")["failure"] is None
-    key = data.draw(st.sampled_from(list(values)))
-    changed = data.draw(
-        st.sampled_from([{key: [values[key]]}, {"another": None}, {key: "another"}])
-    )
-    changed = {**values, **changed}
-    assume(values != changed)
-    assert judge(call("f", **values), call("f", **changed))["failure"] == "wrong_arguments"
 
 
 # ---- Declared tools
@@ -246,18 +201,14 @@ PARAMETERS = {"type": "object", "required": ["city"], "properties": PROPERTIES}
 BOOK = {"type": "function", "function": {"name": "book", "parameters": PARAMETERS}}
 
 
-@pytest.mark.parametrize(
-    "output, problems",
-    [
-        (call("book", city="Oslo", nights=2), []),
-        (call("fly", city="Oslo"), ["unknown function"]),
-        (call("book", nights=2), ["required argument missing"]),
-        (call("book", city="Oslo", pets=True), ["argument not declared"]),
-        (call("book", city=7), ["wrong type"]),
-        (call("book", city="Oslo", **{"class": "c"}), ["wrong type"]),
-        (call("book", pets=1, city=2), ["argument not declared", "wrong type"]),
-    ],
-)
+@pytest.mark.parametrize("output, problems", [
+    (call("book", city="Oslo", nights=2), []),
+    (call("fly", city="Oslo"), ["unknown function"]),
+    (call("book", nights=2), ["required argument missing"]),
+    (call("book", city="Oslo", pets=True), ["argument not declared"]),
+    (call("book", city="Oslo", **{"class": "c"}), ["wrong type"]),
+    (call("book", pets=1, city=2), ["argument not declared", "wrong type"]),
+])  # fmt: skip
 def test_a_call_is_held_against_the_declared_tools(output, problems):
     assert judge("No.", output, tools=[BOOK])["problems"] == [problems]
 
@@ -275,27 +226,24 @@ def test_parameters_null_or_absent_mean_a_function_without_arguments(parameters)
     assert problems_of(parameters, a=1) == ["argument not declared"]
 
 
-@pytest.mark.parametrize(
-    "declared, right, wrong",
-    [
-        ({"type": "dict"}, {"x": 1}, [1]),
-        ({"type": "float"}, 1.5, "1.5"),
-        ({"type": "int"}, 2, 2.5),
-        ({"type": "STRING"}, "x", 1),
-        ({"type": "OBJECT"}, {}, "x"),
-        ({"type": "Boolean"}, True, 1),
-        ({"type": "list"}, [1], {}),
-        ({"type": "tuple", "items": {"type": "str"}}, ["x"], [1]),
-        ({"type": "any", "enum": [1, "x"]}, "x", 2),
-        ({"type": ["float", "NULL"]}, None, "x"),
-        ({"type": "string", "nullable": True}, None, 1),
-        ({"type": "string"}, "x", None),
-        ({"type": "string", "pattern": "(", "maxLength": 2}, "x", "xyz"),
-        ({"type": "string", "format": "date", "enum": None, "items": None}, "no date", 1),
-        ({"type": "object", "properties": {"type": {"type": "int"}}}, {"type": 1}, {"type": "x"}),
-        ({"type": "dict", "properties": {}}, {"undeclared": 2}, 3),
-    ],
-)
+@pytest.mark.parametrize("declared, right, wrong", [
+    ({"type": "dict"}, {"x": 1}, [1]),
+    ({"type": "float"}, 1.5, "1.5"),
+    ({"type": "int"}, 2, 2.5),
+    ({"type": "STRING"}, "x", 1),
+    ({"type": "OBJECT"}, {}, "x"),
+    ({"type": "Boolean"}, True, 1),
+    ({"type": "list"}, [1], {}),
+    ({"type": "tuple", "items": {"type": "str"}}, ["x"], [1]),
+    ({"type": "any", "enum": [1, "x"]}, "x", 2),
+    ({"type": ["float", "NULL"]}, None, "x"),
+    ({"type": "string", "nullable": True}, None, 1),
+    ({"type": "string"}, "x", None),
+    ({"type": "string", "pattern": "(", "maxLength": 2}, "x", "xyz"),
+    ({"type": "string", "format": "date", "enum": None, "items": None}, "no date", 1),
+    ({"type": "object", "properties": {"type": {"type": "int"}}}, {"type": 1}, {"type": "x"}),
+    ({"type": "dict", "properties": {}}, {"undeclared": 2}, 3),
+])  # fmt: skip
 def test_dialects_are_read_as_the_json_schema_they_mean(declared, right, wrong):
     """`wrong` shows that the rest of the schema is still checked; nested objects are open."""
     parameters = {"parameters": {"type": "dict", "properties": {"a": declared}, "required": None}}
@@ -359,9 +307,7 @@ def test_a_hostile_schema_is_judged_or_given_up_within_a_second():
         tree,
         deep,
     ]
-    nested = 1
-    for _ in range(60):
-        nested = {"a": nested}
+    nested = json.loads('{"a": ' * 60 + "1" + "}" * 60)
     for schema in hostile:
         for value in ("a" * 40 + "!", [{"x": n} for n in range(3000)], nested):
             start = time.process_time()
@@ -520,20 +466,6 @@ def test_predictions_of_a_server_are_scored_as_text_without_torch(tmp_path, tiny
     assert "truncated: conversation 1, turn 1" in printed and "OUTPUT\n<tool_call>" in printed
     again = run_without_torch(*arguments, "--overwrite", cwd=tmp_path)
     assert again == printed
-
-
-@pytest.mark.skipif(not SHARED.joinpath("cases").is_dir(), reason="the shared cases are not there")
-def test_the_shared_case_of_a_server_with_a_tool_parser(tmp_path, tiny_model):
-    import prepare_function_calling_dataset as prepare
-
-    cases = SHARED / "cases"
-    prepare.main(
-        ["--dataset", str(cases / "good.jsonl"), "--output-dir", str(tmp_path / "processed_data")]
-    )
-    predictions = cases / "c17_pred_toolcalls_null.jsonl"
-    run_without_torch("--model", str(tiny_model), "--predictions", str(predictions), cwd=tmp_path)
-    metrics = next(tmp_path.glob("evaluation_results/*/*/metrics.json")).read_text()
-    assert {entry["value"] for entry in json.loads(metrics)["scores"].values()} == {1}
 
 
 def test_4000_predictions_are_scored_again_in_seconds_to_the_last_digit(tmp_path):
