@@ -126,10 +126,9 @@ def read_queries(path):
             read_tools(row["tools"])
             for turn, message in enumerate(row["messages"]):
                 query = {"conversation_id": row["id"], "turn": turn, "tools": row["tools"]}
-                query["prompt"] = row["messages"][:turn]
-                query["reference"] = message["content"].strip()
+                texts = {"prompt": row["messages"][:turn], "reference": message["content"].strip()}
                 if message["role"] == "assistant":
-                    queries.append(query)
+                    queries.append(query | texts)
     if not queries or len({key_of(query) for query in queries}) < len(queries):
         sys.exit(f"error: {path} holds no turn of the model, or an id twice")
     return queries
@@ -218,7 +217,9 @@ def ask_model(queries, model, tokenizer, args):
     stop_ids = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<end_of_turn>")]
     tokens_at_once = 65_536 if model.device.type == "cuda" else 16_384  # some 7 GB at 1B in bf16
     conversations = [query["prompt"] for query in queries]
-    prompts = tokenizer.apply_chat_template(conversations, add_generation_prompt=True)["input_ids"]
+    with reading("the chat template"):
+        encoded = tokenizer.apply_chat_template(conversations, add_generation_prompt=True)
+    prompts = encoded["input_ids"]
     waiting = sorted(range(len(queries)), key=lambda n: len(prompts[n]), reverse=True)
     while waiting:
         longest = len(prompts[waiting[0]]) + args.max_new_tokens
@@ -611,7 +612,8 @@ def format_scores(columns, published):
         for title, scores in columns.items():
             cell, sign = "-", "+" if title == "difference" else ""
             if metric in scores:
-                value, n, (low, high) = scores[metric].values()
+                value, n = scores[metric]["value"], scores[metric]["n"]
+                low, high = scores[metric]["interval"]
                 cell = f"{value:{sign}.3f} [{low:{sign}.3f}, {high:{sign}.3f}]"
             row.append(cell)
         figures = [str(scores[metric]["value"]) for scores in published if metric in scores]
@@ -675,7 +677,7 @@ def report_results(args, results_dir, queries):
             found = ", ".join(f"{n:,} {words}" for words, n in part[key].most_common() if n)
             print(f"{key} of {title}: {found or 'none'}".replace("_", " "))
     wrong = [turn for turn in turns if turn["failure"]]
-    for turn in random.Random(0).sample(wrong, min(args.show_failures, len(wrong))):
+    for turn in random.Random(0).sample(wrong, len(wrong))[: args.show_failures]:
         print(f"\n{turn['failure']}: conversation {turn['conversation_id']}, turn {turn['turn']}")
         print(f"REFERENCE\n{turn['reference']}\nOUTPUT\n{turn['output']}")
     if failed := [turn for turn in turns if turn["failure"] == "failed"]:

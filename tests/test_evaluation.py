@@ -246,6 +246,7 @@ def test_base_and_tuned_are_scored_and_compared(evaluate, splits, tiny_model, ca
         evaluate("--baseline", "--rescore")
 
 
+@pytest.mark.slow
 def test_a_killed_evaluation_goes_on_and_equals_an_undisturbed_one(
     evaluate, splits, tiny_model, tuned, tmp_path
 ):

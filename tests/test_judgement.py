@@ -468,6 +468,7 @@ def test_predictions_of_a_server_are_scored_as_text_without_torch(tmp_path, tiny
     assert again == printed
 
 
+@pytest.mark.slow
 def test_4000_predictions_are_scored_again_in_seconds_to_the_last_digit(tmp_path):
     queries = write_split(tmp_path / "processed_data", 2000)
     test_file = tmp_path / "processed_data" / "function_calling_test.jsonl"
