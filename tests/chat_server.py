@@ -72,11 +72,6 @@ def completion(content, finish_reason="stop", tool_calls=None):
     """The body of a chat completion."""
     message = {"role": "assistant", "content": content, "tool_calls": tool_calls}
     choice = {"index": 0, "message": message, "finish_reason": finish_reason, "logprobs": None}
-    return {
-        "id": "x",
-        "object": "chat.completion",
-        "created": 1,
-        "model": "m",
-        "choices": [choice],
-        "usage": {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2},
-    }
+    usage = {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2}
+    body = {"id": "x", "object": "chat.completion", "created": 1, "model": "m", "usage": usage}
+    return {**body, "choices": [choice]}

@@ -41,10 +41,15 @@ def tuned(tiny_model, tmp_path_factory):
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     tokenizer.chat_template = TEMPLATE
     tokenizer.save_pretrained(adapter)
-    (adapter / "training_run.json").write_text(
-        json.dumps({"model": str(tiny_model), "commit": None})
-    )
+    training_run = {"model": str(tiny_model), "commit": None}
+    (adapter / "training_run.json").write_text(json.dumps(training_run))
     return folder
+
+
+def common_flags(model, splits, output):
+    flags = ["--model", model, "--test-file", splits / "function_calling_test.jsonl"]
+    flags += ["--dtype", "float32", "--max-new-tokens", 40, "--output-dir", output]
+    return list(map(str, flags))
 
 
 @pytest.fixture
@@ -53,21 +58,7 @@ def evaluate(tiny_model, splits, tuned, tmp_path, monkeypatch):
 
     def run(*flags, model=tiny_model, output=tmp_path):
         monkeypatch.chdir(tuned)
-        evaluation.main(
-            [
-                "--model",
-                str(model),
-                "--dtype",
-                "float32",
-                "--max-new-tokens",
-                "40",
-                "--test-file",
-                str(splits / "function_calling_test.jsonl"),
-                "--output-dir",
-                str(output),
-                *flags,
-            ]
-        )
+        evaluation.main([*common_flags(model, splits, output), *flags])
         return output / model.name
 
     return run
@@ -82,38 +73,22 @@ def read_lines(folder):
 # ---- Published scores
 
 
-@pytest.mark.parametrize(
-    "reference, output, score",
-    [
-        ("abcde", "abcde", 1),
-        ("abcde", "xxabcdexx", 1),
-        ("abcdef", "abcxdef", 3 / 6),
-        ("abcdef", "defabc", 3 / 6),
-        ("aab", "aaab", 1),
-        ("abc", "xyz", 0),
-        ("abc", "", 0),
-        ("", "x", 0),
-        ("a" * 300, "a" * 300 + "b", 1),
-        ("ab" * 300, "ab" * 150, 1 / 2),  # frequent tokens count
-    ],
-)
-def test_function_calling_worked_out_by_hand(reference, output, score):
-    assert evaluation.score_output("function_calling", list(reference), list(output)) == score
-
-
-@pytest.mark.parametrize(
-    "reference, output, score",
-    [
-        ("the cat sat", "sat the cat", 1),  # order does not count
-        ("the cat sat", "the dog sat down", 2 / 4),
-        ("the cat sat", "the the the", 1 / 3),  # a word counts as often as the reference holds it
-        ("the cat sat", "the", 1),
-        ("the cat sat", "", 0),
-        ("", "the", 0),
-    ],
-)
-def test_helpful_exchange_worked_out_by_hand(reference, output, score):
-    assert evaluation.score_output("helpful_exchange", reference.split(), output.split()) == score
+@pytest.mark.parametrize("kind, reference, output, score", [
+    ("function_calling", "abcde", "xxabcdexx", 1),
+    ("function_calling", "abcdef", "abcxdef", 3 / 6),
+    ("function_calling", "abcdef", "defabc", 3 / 6),
+    ("function_calling", "abc", "", 0),
+    ("function_calling", "", "x", 0),
+    ("function_calling", "ab" * 300, "ab" * 150, 1 / 2),  # frequent tokens count
+    ("helpful_exchange", "abc", "cab", 1),  # order does not count
+    ("helpful_exchange", "abc", "axcy", 2 / 4),
+    ("helpful_exchange", "abc", "aaa", 1 / 3),  # as often as the reference holds it
+    ("helpful_exchange", "abc", "a", 1),
+    ("helpful_exchange", "abc", "", 0),
+    ("helpful_exchange", "", "a", 0),
+])  # fmt: skip
+def test_published_scores_worked_out_by_hand(kind, reference, output, score):
+    assert evaluation.score_output(kind, list(reference), list(output)) == score
 
 
 tokens = st.lists(st.integers(0, 3), min_size=1, max_size=12)
@@ -122,9 +97,8 @@ tokens = st.lists(st.integers(0, 3), min_size=1, max_size=12)
 @given(tokens, tokens)
 def test_the_longest_common_run_is_the_longest_slice_both_hold(a, b):
     slices = {tuple(b[i:j]) for i in range(len(b)) for j in range(i, len(b) + 1)}
-    longest = max(
-        j - i for i in range(len(a)) for j in range(i, len(a) + 1) if tuple(a[i:j]) in slices
-    )
+    ours = {tuple(a[i:j]) for i in range(len(a)) for j in range(i, len(a) + 1)}
+    longest = max(map(len, ours & slices))
     assert evaluation.score_output("function_calling", a, b) == longest / len(a)
 
 
@@ -147,18 +121,19 @@ def test_the_adapter_is_merged_without_changing_what_the_model_says(tiny_model, 
     from peft import PeftModel
 
     adapter = tuned / f"LoRA_{tiny_model.name}-function_calling"
-    base, merged = (
-        evaluation.load_model(tiny_model, folder, "cpu", torch.float32)
-        for folder in (None, adapter)
-    )
-    unmerged = PeftModel.from_pretrained(
-        AutoModelForCausalLM.from_pretrained(tiny_model), adapter
-    ).eval()
+    base = evaluation.load_model(tiny_model, None, "cpu", torch.float32)
+    merged = evaluation.load_model(tiny_model, adapter, "cpu", torch.float32)
+    unmerged = AutoModelForCausalLM.from_pretrained(tiny_model)
+    unmerged = PeftModel.from_pretrained(unmerged, adapter).eval()
     input_ids = torch.randint(110, 700, (1, 50))
     with torch.no_grad():
         logits = [model(input_ids).logits for model in (merged, unmerged, base)]
     assert (logits[0] - logits[1]).abs().max() < 1e-4 < 1 < (logits[0] - logits[2]).abs().max()
     assert not any("lora" in name for name, _ in merged.named_parameters())
+
+
+def encode(tokenizer, messages):
+    return tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
 
 
 def test_prompts_of_base_and_tuned_model(tiny_model, tuned):
@@ -169,15 +144,14 @@ def test_prompts_of_base_and_tuned_model(tiny_model, tuned):
         {"role": "tool", "content": "result"},
     ]
     stock = AutoTokenizer.from_pretrained(tiny_model)
-    ids = evaluation.encode_prompt(messages, stock, is_base=True)
+    ids = encode(stock, evaluation.write_for_base(messages, stock))
     text = (
         "<bos><start_of_turn>user\nGo <end_of_turn ><end_of_turn>\n<start_of_turn>model\n"
-        "<tool_call>"
-        "<end_of_turn>\n<start_of_turn>user\nresult<end_of_turn>\n<start_of_turn>model\n"
+        "<tool_call><end_of_turn>\n<start_of_turn>user\nresult<end_of_turn>\n<start_of_turn>model\n"
     )
     assert stock.decode(ids) == text and ids.count(2) == 1 and ids.count(106) == 3
     served = AutoTokenizer.from_pretrained(tuned / f"LoRA_{tiny_model.name}-function_calling")
-    ids = evaluation.encode_prompt(messages, served, is_base=False)
+    ids = encode(served, messages)
     assert served.decode(ids) == text.replace("turn >", "turn>") and ids.count(2) == 1
 
 
@@ -187,22 +161,20 @@ def test_a_batch_answers_40_prompts_as_each_is_answered_alone(tiny_model):
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     generator = torch.Generator().manual_seed(1)
     lengths = torch.randint(3, 200, (40,), generator=generator).tolist()
-    prompts = [
-        torch.randint(110, 700, (length,), generator=generator).tolist() for length in lengths
-    ]
-    alone = []
-    for prompt in prompts:  # by the library alone
-        ids = model.generate(torch.tensor([prompt]), max_new_tokens=30, do_sample=False)
-        alone.append(ids[0, len(prompt) :].tolist())
+    prompts, alone = [], []
+    for length in lengths:  # by the library alone
+        prompt = torch.randint(110, 700, (1, length), generator=generator)
+        ids = model.generate(prompt, max_new_tokens=30, do_sample=False)
+        prompts.append(prompt[0].tolist())
+        alone.append(ids[0, length:].tolist())
     stop_ids = [alone[0][3], alone[1][20]]
     expected = []
     for output in alone:
-        end = next((place for place, token in enumerate(output) if token in stop_ids), None)
-        expected.append((output[: None if end is None else end + 1], end is not None))
-    answers = evaluation.generate_batch(model, tokenizer, prompts, stop_ids, 30)
-    texts = [tokenizer.decode(output, skip_special_tokens=True) for output, _ in expected]
-    reasons = ["end_of_turn" if ended else "max_new_tokens" for _, ended in expected]
-    assert answers == list(zip(texts, reasons, strict=True)) and len(set(reasons)) == 2
+        ends = [place + 1 for place, token in enumerate(output) if token in stop_ids]
+        text = tokenizer.decode(output[: min(ends, default=30)], skip_special_tokens=True)
+        expected.append((text, "end_of_turn" if ends else "max_new_tokens"))
+    assert evaluation.generate_batch(model, tokenizer, prompts, stop_ids, 30) == expected
+    assert {reason for _, reason in expected} == {"end_of_turn", "max_new_tokens"}
 
 
 # The second is PyTorch's own words for an Apple GPU, shortened; it has no type of its own there.
@@ -252,9 +224,8 @@ def test_base_and_tuned_are_scored_and_compared(evaluate, splits, tiny_model, ca
             assert metrics["scores"][kind]["n"] == len(scores) == n
             assert metrics["scores"][kind]["value"] == pytest.approx(sum(scores) / n)
         for p in predictions.values():  # in the stock tokenizer's tokens
-            reference, output = (
-                stock.encode(p[key], add_special_tokens=False) for key in ("reference", "output")
-            )
+            reference = stock.encode(p["reference"], add_special_tokens=False)
+            output = stock.encode(p["output"], add_special_tokens=False)
             assert p["score"] == evaluation.score_output(p["kind"], reference, output)
         run = json.loads((results / label / "run.json").read_text())
         assert run["dtype"] == "float32" and run["max_new_tokens"] == 40 and metrics["run"] == run
@@ -263,63 +234,37 @@ def test_base_and_tuned_are_scored_and_compared(evaluate, splits, tiny_model, ca
     before = (results / "tuned" / "metrics.json").read_bytes()
     evaluate("--rescore")
     assert (results / "tuned" / "metrics.json").read_bytes() == before
-    assert (
-        json.loads((results / "tuned" / "run.json").read_text())["arguments"]["rescore"] == "False"
-    )
-
-
-def test_base_and_tuned_of_different_queries_are_compared_on_those_both_answered(evaluate, capsys):
-    results = evaluate("--baseline")
-    evaluate("--limit", "3")
+    evaluate("--limit", "3", "--overwrite")  # compared on those that both answered
     metrics = json.loads((results / "tuned" / "metrics.json").read_text())
     n = metrics["scores"]["function_calling"]["n"]
-    assert (
-        metrics["queries"] < 14 and metrics["difference_to_base"]["function_calling"]["n"] == n < 6
-    )
+    assert metrics["queries"] < 14 and metrics["difference_to_base"]["function_calling"]["n"] == n
     evaluate("--overwrite", "--max-new-tokens", "5")  # outputs of another length are no comparison
     assert "base is of another commit, test_split_sha256, max_new_tokens" in capsys.readouterr().out
+    run = {**run, "test_split_sha256": "0"}
+    (results / "base" / "run.json").write_text(json.dumps(run))
+    with pytest.raises(SystemExit, match="another test split"):
+        evaluate("--baseline", "--rescore")
 
 
-def test_batch_sizes_change_no_output_nor_does_bf16_change_the_form(evaluate, tmp_path):
-    one, five, rounded = (
-        evaluate(*flags, output=tmp_path / flags[-1]) / "tuned"
-        for flags in (["--batch-size", "1"], ["--batch-size", "5"], ["--dtype", "bfloat16"])
-    )
-    assert read_lines(one) == read_lines(five)
-    assert set(read_lines(rounded)) == set(read_lines(one))
-
-
+@pytest.mark.slow
 def test_a_killed_evaluation_goes_on_and_equals_an_undisturbed_one(
     evaluate, splits, tiny_model, tuned, tmp_path
 ):
     """Catches a lost, torn or repeated answer after SIGKILL; and going on with other arguments."""
     whole = evaluate("--batch-size", "2", output=tmp_path / "whole") / "tuned"
     cut = tmp_path / "cut" / tiny_model.name / "tuned"
-    flags = [
-        "--model",
-        tiny_model,
-        "--dtype",
-        "float32",
-        "--max-new-tokens",
-        "40",
-        "--batch-size",
-        "2",
-        "--test-file",
-        splits / "function_calling_test.jsonl",
-        "--output-dir",
-        tmp_path / "cut",
-    ]
+    flags = [*common_flags(tiny_model, splits, tmp_path / "cut"), "--batch-size", "2"]
     slow = (
         f"import sys, time; sys.path.insert(0, {str(ROOT)!r}); import evaluation;"
         "real = evaluation.generate_batch;"
         "evaluation.generate_batch = lambda *a: time.sleep(0.5) or real(*a);"
         "evaluation.main(sys.argv[1:])"
     )
-    process = subprocess.Popen([sys.executable, "-c", slow, *map(str, flags)], cwd=tuned)
+    process = subprocess.Popen([sys.executable, "-c", slow, *flags], cwd=tuned)
     path, deadline = cut / "predictions.jsonl", time.monotonic() + 120
-    while (
-        not (path.is_file() and path.read_bytes().count(b"\n") >= 4) and time.monotonic() < deadline
-    ):
+    while time.monotonic() < deadline:
+        if path.is_file() and path.read_bytes().count(b"\n") >= 4:
+            break
         time.sleep(0.05)
     process.send_signal(signal.SIGKILL)
     process.wait()
@@ -331,8 +276,8 @@ def test_a_killed_evaluation_goes_on_and_equals_an_undisturbed_one(
         file.write('{"conversation_id": "torn')
     with pytest.raises(SystemExit, match="holds an evaluation: --resume goes on"):
         evaluate(output=tmp_path / "cut")
-    with pytest.raises(SystemExit, match="evaluation of another max_new_tokens, limit"):
-        evaluate("--resume", "--limit", "3", "--max-new-tokens", "9", output=tmp_path / "cut")
+    with pytest.raises(SystemExit, match="evaluation of another max_new_tokens"):
+        evaluate("--resume", "--max-new-tokens", "9", output=tmp_path / "cut")
     evaluate("--resume", "--batch-size", "2", output=tmp_path / "cut")
     lines = path.read_text().splitlines()
     assert len(lines) == 14 and read_lines(cut) == read_lines(whole)  # nothing twice, nothing lost
@@ -344,30 +289,6 @@ def test_a_killed_evaluation_goes_on_and_equals_an_undisturbed_one(
         evaluate(output=tmp_path / "cut")
 
 
-def test_the_hub_serves_what_a_folder_does(tiny_model, splits, tuned, tmp_path):
-    """The adapter is evaluated on the commit it was trained on; gated models end in one line."""
-    import shutil
-
-    from hub_server import COMMIT, Hub
-
-    hub, name = Hub(), "google/gemma-3-1b-it"
-    hub.repos = {("models", name): tiny_model}
-    adapter = tmp_path / "LoRA_gemma-3-1b-it-function_calling"
-    shutil.copytree(tuned / f"LoRA_{tiny_model.name}-function_calling", adapter)
-    (adapter / "training_run.json").write_text(json.dumps({"model": name, "commit": COMMIT}))
-    env = hub.environment(tmp_path / "cache")
-    flags = ["--test-file", splits / "function_calling_test.jsonl", "--limit", "1"]
-    process = run_script(SCRIPT, *flags, cwd=tmp_path, env=env)
-    assert process.returncode == 0 and "0.28 / 0.91 / 0.973" in process.stdout, process.stderr
-    run = json.loads((tmp_path / "evaluation_results/gemma-3-1b-it/tuned/run.json").read_text())
-    assert run["commit"] == COMMIT and any(COMMIT in path for _, path in hub.requests), hub.requests
-    hub.states["models", name] = "gated"
-    env = hub.environment(tmp_path / "other cache")
-    process = run_script(SCRIPT, *flags, "--baseline", cwd=tmp_path, env=env)
-    assert_fails_in_one_line(process, name, "restricted")
-    hub.close()
-
-
 # ---- What is refused
 
 
@@ -376,35 +297,22 @@ def test_mistakes_end_in_one_line(tiny_model, splits, tuned, tmp_path):
     adapter = tuned / f"LoRA_{tiny_model.name}-function_calling"
     (tmp_path / "p.jsonl").write_text('{"conversation_id": "9", "turn": 1, "output": ""}\n')
     (tmp_path / "no model").mkdir()
-    for flags, words in [
-        (["--model", tiny_model, *test_file], ["function_calling_train.py", "--baseline"]),
-        (
-            ["--model", tiny_model],
-            ["function_calling_test.jsonl", "prepare_function_calling_dataset.py first"],
-        ),
-        (
-            ["--model", "google/other", "--adapter", adapter, *test_file],
-            ["trained on", str(tiny_model)],
-        ),
-        (
-            ["--model", tmp_path / "no model", "--baseline", *test_file],
-            ["no model", "tokenizer.json"],
-        ),
-        (
-            ["--model", "google/not-in-the-cache", "--baseline", *test_file],
-            ["google/not-in-the-cache"],
-        ),
-        (
-            ["--model", tiny_model, "--adapter", tmp_path / "no model", *test_file],
-            ["training_run.json"],
-        ),
-        (["--model", tiny_model, "--predictions", "p.jsonl", *test_file], ["p.jsonl, line 1"]),
-        (["--model", tiny_model, "--predictions", "q.jsonl", *test_file], ["q.jsonl"]),
-        (["--model", tiny_model, "--rescore", *test_file], ["no finished evaluation"]),
+    for model, flags, words in [
+        (tiny_model, [], ["function_calling_train.py", "--baseline"]),
+        (tiny_model, ["--test-file", "x"], ["x", "prepare_function_calling_dataset.py first"]),
+        ("google/other", ["--adapter", adapter], ["trained on", str(tiny_model)]),
+        (tmp_path / "no model", ["--baseline"], ["no model", "tokenizer.json"]),
+        ("google/not-in-the-cache", ["--baseline"], ["google/not-in-the-cache"]),
+        (tiny_model, ["--adapter", tmp_path / "no model"], ["training_run.json"]),
+        (tiny_model, ["--predictions", "p.jsonl"], ["p.jsonl, line 1"]),
+        (tiny_model, ["--predictions", "q.jsonl"], ["q.jsonl"]),
+        (tiny_model, ["--rescore"], ["no finished evaluation"]),
     ]:
-        assert_fails_in_one_line(run_script(SCRIPT, *flags, cwd=tmp_path), *words)
+        process = run_script(SCRIPT, "--model", model, *test_file, *flags, cwd=tmp_path)
+        assert_fails_in_one_line(process, *words)
     for flags in (
         ["--baseline", "--adapter", "x"],
+        ["--server", "http://127.0.0.1:9", "--predictions", "p.jsonl"],
         ["--resume", "--overwrite"],
         ["--limit", "0"],
         ["--batch", "1"],
@@ -413,34 +321,16 @@ def test_mistakes_end_in_one_line(tiny_model, splits, tuned, tmp_path):
     assert not (tmp_path / "evaluation_results").exists()
 
 
-@pytest.mark.parametrize(
-    "line",
-    [
-        "{",
-        "[]",
-        "null",
-        '{"id": 1}',
-        '{"id": "1", "tools": "[]", "messages": [1]}',
-        '{"id": "1", "tools": "3", "messages": []}',
-        "[" * 100_000,
-    ],
-)
+ROWS = ['{"id": 1}', '{"id": "1", "tools": "[]", "messages": [1]}', '{"tools": "3"}', "[]", "{"]
+
+
+@pytest.mark.parametrize("line", [*ROWS, "null", "[" * 100_000])
 def test_a_bad_line_of_the_split_is_named(tmp_path, line):
     path = tmp_path / "test.jsonl"
     good = {"id": "0", "tools": "[]", "messages": [{"role": "user", "content": "Hi"}]}
     path.write_text(json.dumps(good) + "\n" + line + "\n")
     with pytest.raises(SystemExit, match="^error: .*test.jsonl, line 2"):
         evaluation.read_queries(path)
-
-
-def test_another_split_is_not_scored_against_earlier_answers(
-    evaluate, splits, tmp_path, tiny_model
-):
-    results = evaluate("--baseline", "--limit", "1")
-    run = json.loads((results / "base" / "run.json").read_text())
-    (results / "base" / "run.json").write_text(json.dumps({**run, "test_split_sha256": "0"}))
-    with pytest.raises(SystemExit, match="another test split"):
-        evaluate("--baseline", "--rescore")
 
 
 def test_help_answers_at_once(tmp_path):

@@ -4,7 +4,7 @@ import json
 
 import pytest
 from chat_server import ChatServer, completion
-from conftest import assert_fails_in_one_line, run_script
+from conftest import assert_fails_in_one_line, make_tool, run_script
 
 import evaluation
 
@@ -22,9 +22,7 @@ def split(tmp_path):
             {"role": "tool", "content": "<tool_response>\n7\n</tool_response>"},
             {"role": "assistant", "content": "It is 7 degrees."},
         ]
-        tools = [
-            {"name": "get_weather", "parameters": {"properties": {"city": {"type": "string"}}}}
-        ]
+        tools = [make_tool("get_weather", "city")]
         rows.append({"id": str(number), "messages": messages, "tools": json.dumps(tools)})
     path = tmp_path / "test.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -51,19 +49,8 @@ def ask(tmp_path, tiny_model, split, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
     def run(server, *flags):
-        evaluation.main(
-            [
-                "--model",
-                str(tiny_model),
-                "--test-file",
-                str(split),
-                "--output-dir",
-                "results",
-                "--server",
-                server.url,
-                *flags,
-            ]
-        )
+        common = ["--model", str(tiny_model), "--test-file", str(split), "--output-dir", "results"]
+        evaluation.main([*common, "--server", server.url, *flags])
 
     return run
 
@@ -83,8 +70,9 @@ def test_the_tuned_model_gets_the_messages_as_they_are_and_the_base_a_user_turn(
     serve, ask, tmp_path, tiny_model
 ):
     """Catches a tool turn that a stock template refuses, a forged turn, a key sent astray."""
-    server = serve(echo)
-    ask(server)
+    server = serve(echo, delay=0.02)
+    ask(server, "--concurrency", "3")
+    assert server.most_at_once == 3
     predictions, metrics = read_results(tmp_path, tiny_model)
     assert len(predictions) == 12 and metrics["scores"]["turn_right"]["value"] == 1
     assert metrics["scores"]["function_calling"] == {"value": 1, "n": 6, "interval": [1, 1]}
@@ -111,26 +99,18 @@ def test_tool_calls_beside_no_content_are_read_as_the_text_of_a_call(
     def parsed(body, times):
         if len(body["messages"]) == 3:
             return completion("It is 7 degrees.")
-        arguments = (
-            {"city": "Oslo"} if "0" in body["messages"][0]["content"] else '{"city": "Oslo"}'
-        )
+        request, arguments = body["messages"][0]["content"], '{"city": "Oslo"}'
         function = {"name": "get_weather", "arguments": arguments}
-        content = "" if "1" in body["messages"][0]["content"] else None
-        return completion(
-            content, "tool_calls", [{"id": "1", "type": "function", "function": function}]
-        )
+        if "0" in request:
+            function["arguments"] = json.loads(arguments)
+        calls = [{"id": "1", "type": "function", "function": function}]
+        return completion("" if "1" in request else None, "tool_calls", calls)
 
     ask(serve(parsed))
     predictions, metrics = read_results(tmp_path, tiny_model)
     assert {p["output"] for p in predictions if p["turn"] == 1} == {CALL}
     assert metrics["scores"]["turn_right"]["value"] == metrics["scores"]["valid_call"]["value"] == 1
     assert metrics["finish_reasons"] == {"end_of_turn": 12}
-
-
-def test_concurrency_bounds_what_is_asked_at_once(serve, ask):
-    server = serve(echo, delay=0.05)
-    ask(server, "--concurrency", "3")
-    assert server.most_at_once == 3
 
 
 def test_passing_failures_are_asked_again_after_growing_waits(
@@ -188,53 +168,36 @@ def test_a_failed_query_is_counted_named_and_asked_again(serve, ask, tmp_path, t
 
 
 def test_an_answer_that_is_none_is_a_failure_and_no_exception(serve, ask, tmp_path, tiny_model):
-    strange = [
-        {},
-        {"choices": []},
-        {"choices": [{"message": {"content": 3}}]},
-        [1],
-        completion("x", "content_filter"),
-        completion("\ud800 x"),
-    ]
+    strange = [{}, {"choices": []}, {"choices": [{"message": {"content": 3}}]}, [1]]
+    strange += [completion("x", "content_filter"), completion("\ud800 x")]
     number = {str(n): answer for n, answer in enumerate(strange)}
     server = serve(lambda body, times: number[body["messages"][0]["content"][-1]])
-    with pytest.raises(SystemExit, match="10 queries failed"):
+    with pytest.raises(SystemExit, match="8 queries failed"):
         ask(server)
     predictions, _ = read_results(tmp_path, tiny_model)
-    assert {p["output"] for p in predictions if p["finish_reason"] == "end_of_turn"} == {"? x"}
+    answers = {(p["output"], p["finish_reason"]) for p in predictions}
+    assert answers == {("", "failed"), ("x", "content_filter"), ("? x", "end_of_turn")}
 
 
-@pytest.mark.parametrize(
-    "served, flags, model",
-    [
-        (["anything"], [], "anything"),
-        (
-            ["base", "adapters/LoRA_{name}-function_calling"],
-            [],
-            "adapters/LoRA_{name}-function_calling",
-        ),
-        (["google/{name}", "fc"], ["--baseline"], "google/{name}"),
-        (["base", "fc"], ["--server-model", "fc"], "fc"),
-        (["base", "fc"], [], None),
-        (["base"], ["--server-model", "fc"], None),
-        ([], [], None),
-    ],
-)
-def test_which_model_is_asked(serve, tmp_path, tiny_model, served, flags, model):
-    served = [name.format(name=tiny_model.name) for name in served]
-    server = serve(echo, served=served)
-    args = evaluation.parse_args(["--model", str(tiny_model), "--server", server.url, *flags])
+@pytest.mark.parametrize("served, flags, model", [
+    (["anything"], [], "anything"),
+    (["base", "fc"], ["--server-model", "fc"], "fc"),
+    (["base", "fc"], [], None),
+    (["base"], ["--server-model", "fc"], None),
+    ([], [], None),
+])  # fmt: skip
+def test_which_model_is_asked(serve, served, flags, model):
+    args = evaluation.parse_args(["--server", serve(echo, served=served).url, *flags])
     if model:
-        assert evaluation.choose_served_model(args, {}) == model.format(name=tiny_model.name)
+        assert evaluation.choose_served_model(args) == model
     else:
         with pytest.raises(SystemExit, match="^error: --server-model is to be one of"):
-            evaluation.choose_served_model(args, {})
+            evaluation.choose_served_model(args)
 
 
 def test_a_server_that_is_not_there_is_told_in_one_line(tmp_path, tiny_model, split):
-    for url in ("http://127.0.0.1:9/v1", "127.0.0.1:8000", "http://"):
+    for url in ("http://127.0.0.1:9/v1", "http://host:port/v1"):
         flags = ["--model", tiny_model, "--test-file", split, "--server", url]
-        assert_fails_in_one_line(
-            run_script("evaluation.py", *flags, cwd=tmp_path), f"--server {url}"
-        )
+        process = run_script("evaluation.py", *flags, cwd=tmp_path)
+        assert_fails_in_one_line(process, f"--server {url}")
     assert not (tmp_path / "evaluation_results").exists()

@@ -89,17 +89,15 @@ def measure(args):
 
     start = time.perf_counter()
     if args.side == "published":
-        prompts = [evaluation.encode_prompt(query["prompt"], tokenizer, False) for query in queries]
+        prompts = [query["prompt"] for query in queries]
+        prompts = tokenizer.apply_chat_template(prompts, add_generation_prompt=True)["input_ids"]
         stop_ids = [tokenizer.eos_token_id]
         for n in range(0, len(prompts), 24):
             batch = prompts[n : n + 24], stop_ids, args.max_new_tokens
             answers += evaluation.generate_batch(model, tokenizer, *batch)
     else:
-
-        def keep(query, text, finish_reason):
-            answers.append((text, finish_reason))
-
-        evaluation.ask_model(queries, set(), model, tokenizer, flags, keep)
+        for _, *answer in evaluation.ask_model(queries, model, tokenizer, flags):
+            answers.append(answer)
         assert {reason for _, reason in answers} == {"end_of_turn"}, "turns did not end as drawn"
     seconds = time.perf_counter() - start
     assert len(answers) == len(queries)
