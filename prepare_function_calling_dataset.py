@@ -148,7 +148,7 @@ def render_turn(turn):
     if role is None:
         raise ValueError(f"unknown role {name!r}")
     text, calls = turn.get("content") or turn.get("value") or "", turn.get("tool_calls") or []
-    if isinstance(text, list) and all("text" in part for part in text):  # OpenAI's parts
+    if isinstance(text, list) and all(isinstance(p, dict) and "text" in p for p in text):  # parts
         text = "\n".join(part["text"] for part in text)
     if not isinstance(text, str):
         raise ValueError("a turn holds something other than text")
