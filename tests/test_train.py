@@ -280,7 +280,7 @@ def test_killed_and_resumed_the_adapter_is_bit_for_bit_the_undisturbed_one(
     assert (checkpoints / "checkpoint-6").is_dir() and not (tmp_path / "run").exists()
 
     process = run_here(SCRIPT, *command, "--resume", cwd=tmp_path)
-    assert process.returncode == 0 and "at checkpoint-6\n" in process.stdout, process.stderr
+    assert process.returncode == 0 and "checkpoint-6\n" in process.stdout, process.stderr
     assert (tmp_path / "run" / WEIGHTS).read_bytes() == (finished.adapter / WEIGHTS).read_bytes()
     assert not checkpoints.exists()
 
