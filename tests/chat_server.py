@@ -1,5 +1,6 @@
 """A chat server of OpenAI's protocol on the loopback interface, which can also fail."""
 
+import contextlib
 import json
 import threading
 import time
@@ -46,7 +47,8 @@ class ChatServer:
         request.send_header("Content-Type", "application/json")
         request.send_header("Content-Length", str(len(body)))
         request.end_headers()
-        request.wfile.write(body)
+        with contextlib.suppress(BrokenPipeError):  # of a client that has waited long enough
+            request.wfile.write(body)
 
     def reply(self, request):
         body = json.loads(request.rfile.read(int(request.headers["Content-Length"])))
