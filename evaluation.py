@@ -651,13 +651,16 @@ def report_results(args, results_dir, queries):
     reports, turns = {label: report}, list(judged.values())
     if label != "base" and (base_dir / "metrics.json").is_file():
         base_run = json.loads((base_dir / "run.json").read_text())
-        base, base_report = judge_predictions(base_dir / "predictions.jsonl", queries, seen_tools)
-        both = [key for key in judged if key in base]
-        if both and all(run[key] == base_run[key] for key in COMPARED_KEYS):
-            difference = estimate([judged[key] for key in both], [base[key] for key in both])
-            reports = {"base": base_report, label: report}
+        differing = [key for key in COMPARED_KEYS if run.get(key) != base_run.get(key)]
+        if differing:
+            print(f"note: {base_dir} is of another {', '.join(differing)}, so it is not compared")
         else:
-            print(f"note: {base_dir} is of another {', '.join(COMPARED_KEYS)} or of other queries")
+            path = base_dir / "predictions.jsonl"
+            base, base_report = judge_predictions(path, queries, seen_tools)
+            both = [key for key in judged if key in base]
+            if both:
+                difference = estimate([judged[key] for key in both], [base[key] for key in both])
+                reports = {"base": base_report, label: report}
 
     columns = {title: report["scores"] for title, report in reports.items()}
     published = {}
@@ -704,5 +707,7 @@ def main(argv=None):
 if __name__ == "__main__":
     try:
         main()
-    except (KeyboardInterrupt, OSError, RuntimeError) as error:  # --resume goes on
+    except KeyboardInterrupt:
+        sys.exit("interrupted: the same command with --resume, not --overwrite, goes on")
+    except (OSError, RuntimeError) as error:
         sys.exit(f"error: {type(error).__name__} {' '.join(str(error).split())}")

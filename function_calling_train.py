@@ -285,7 +285,7 @@ class StopOnNaN(transformers.TrainerCallback):
         for name in ("loss", "grad_norm", "eval_loss"):
             if not math.isfinite(logs.get(name, 0.0)):
                 good = find_last_checkpoint(Path(args.output_dir)) or "none"
-                fail(f"{name} is {logs[name]} at step {state.global_step}; good is still: {good}")
+                fail(f"{name} is {logs[name]} at step {state.global_step}; last checkpoint: {good}")
 
 
 def build_trainer(model, tokenizer, training, validation, args, checkpoint_dir, device):
@@ -310,7 +310,6 @@ def build_trainer(model, tokenizer, training, validation, args, checkpoint_dir, 
         gradient_accumulation_steps=share // batch_size, use_cpu=device == "cpu",
         bf16=model.dtype == torch.bfloat16, activation_checkpointing=bool(checkpointing),
         ddp_find_unused_parameters=False,
-        # Checkpoints
         output_dir=str(checkpoint_dir.resolve()), eval_strategy="steps", eval_steps=interval,
         save_steps=interval, save_total_limit=2, load_best_model_at_end=True,
         # Reports: a loss that is no number must be seen
@@ -449,6 +448,7 @@ def main(argv=None):
     trainer = build_trainer(model, tokenizer, training, validation, args, checkpoint_dir, device)
     checkpoint = find_last_checkpoint(checkpoint_dir) if args.resume and is_begun else None
     if is_main:
+        args.output_dir.mkdir(parents=True, exist_ok=True)  # what cannot be is found before hours
         if not (is_begun and args.resume):
             for old in checkpoint_dir.glob("checkpoint-*"):
                 shutil.rmtree(old)
