@@ -285,7 +285,8 @@ class StopOnNaN(transformers.TrainerCallback):
         for name in ("loss", "grad_norm", "eval_loss"):
             if not math.isfinite(logs.get(name, 0.0)):
                 good = find_last_checkpoint(Path(args.output_dir)) or "none"
-                fail(f"{name} is {logs[name]} at step {state.global_step}; last checkpoint: {good}")
+                at = f"{name} is {logs[name]} at step {state.global_step}"
+                fail(f"{at}; the last good checkpoint is {good}; try a lower --learning-rate")
 
 
 def build_trainer(model, tokenizer, training, validation, args, checkpoint_dir, device):
@@ -310,6 +311,7 @@ def build_trainer(model, tokenizer, training, validation, args, checkpoint_dir, 
         gradient_accumulation_steps=share // batch_size, use_cpu=device == "cpu",
         bf16=model.dtype == torch.bfloat16, activation_checkpointing=bool(checkpointing),
         ddp_find_unused_parameters=False,
+        # Checkpoints
         output_dir=str(checkpoint_dir.resolve()), eval_strategy="steps", eval_steps=interval,
         save_steps=interval, save_total_limit=2, load_best_model_at_end=True,
         # Reports: a loss that is no number must be seen
@@ -341,7 +343,7 @@ def check_earlier_run(args, run, path):
         before = json.loads(path.read_text(encoding="utf-8"))
         changes = [f"{k} was {before.get(k)}, is {run[k]}" for k in run if before.get(k) != run[k]]
         if changes:
-            fail(f"--overwrite, since {path.parent} is of another run: {'; '.join(changes)}")
+            fail(f"{path.parent} is of another run ({'; '.join(changes)}); --overwrite replaces it")
     elif path.is_file() and not args.overwrite:
         fail(f"{path.parent} holds a run: --resume goes on with it, --overwrite replaces it")
 
@@ -415,6 +417,10 @@ def finish(args, model_dir):
 
 def main(argv=None):
     args = parse_args(argv)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    warnings.simplefilter("ignore", FutureWarning)
     is_main = int(os.environ.get("RANK", 0)) == 0  # torchrun starts several processes
     conversations, wording = read_split(args.train_file)
     device, dtype = choose_device(args.dtype)
@@ -438,10 +444,6 @@ def main(argv=None):
     if args.resume and finished.is_file() and not is_begun:
         return finish(args, model_dir) if is_main else None
 
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
-    warnings.simplefilter("ignore", FutureWarning)
     model, tokenizer = load_model(model_dir, dtype, args.load_in_4bit)
     template, serving_template = make_templates(wording)
     training, validation, left_out = build_datasets(conversations, tokenizer, template, args)
@@ -453,12 +455,9 @@ def main(argv=None):
             for old in checkpoint_dir.glob("checkpoint-*"):
                 shutil.rmtree(old)
             begun.write_text(json.dumps(run, indent=2), encoding="utf-8")
-        print(
-            f"Model       {args.model}, {run['dtype']} on {device}, from {checkpoint or 'step 0'}"
-        )
-        print(
-            f"Data        {len(training)} + {len(validation)} to validate with, {left_out} left out"
-        )
+        start = checkpoint or "step 0"
+        print(f"Model       {args.model}, {run['dtype']} on {device}, from {start}")
+        print(f"Data        {len(training)} + {len(validation)} to validate, {left_out} left out")
     trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
     if is_main:
         write_results(trainer, tokenizer, model_dir, serving_template, args, run)
