@@ -14,8 +14,8 @@ class ChatServer:
     the server says nothing and closes the connection. Requests are kept in `requests`.
     """
 
-    def __init__(self, answer, served=("the-model",), delay=0.0):
-        self.answer, self.served, self.delay = answer, served, delay
+    def __init__(self, answer, delay=0.0):
+        self.answer, self.delay = answer, delay
         self.requests, self.headers, self.num_at_once, self.most_at_once = [], [], 0, 0
         self.lock = threading.Lock()
         chat = self
@@ -25,9 +25,6 @@ class ChatServer:
 
             def log_message(self, *arguments):
                 pass
-
-            def do_GET(self):
-                chat.send(self, 200, {"data": [{"id": model} for model in chat.served]})
 
             def do_POST(self):
                 chat.reply(self)

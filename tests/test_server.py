@@ -4,7 +4,7 @@ import json
 
 import pytest
 from chat_server import ChatServer, completion
-from conftest import assert_fails_in_one_line, make_tool, run_script
+from conftest import make_tool
 
 import evaluation
 
@@ -50,7 +50,8 @@ def ask(tmp_path, tiny_model, split, monkeypatch):
 
     def run(server, *flags):
         common = ["--model", str(tiny_model), "--test-file", str(split), "--output-dir", "results"]
-        evaluation.main([*common, "--server", server.url, *flags])
+        asked = ["--server", getattr(server, "url", server), "--server-model", "fc"]
+        evaluation.main([*common, *asked, *flags])
 
     return run
 
@@ -76,11 +77,11 @@ def test_the_tuned_model_gets_the_messages_as_they_are_and_the_base_a_user_turn(
     predictions, metrics = read_results(tmp_path, tiny_model)
     assert len(predictions) == 12 and metrics["scores"]["turn_right"]["value"] == 1
     assert metrics["scores"]["function_calling"] == {"value": 1, "n": 6, "interval": [1, 1]}
-    assert metrics["run"]["served_model"] == "the-model"
+    assert metrics["run"]["served_model"] == "fc"
     roles = {tuple(message["role"] for message in body["messages"]) for body in server.requests}
     assert roles == {("user",), ("user", "assistant", "tool")}
     first = server.requests[0]
-    assert (first["model"], first["max_tokens"], first["temperature"]) == ("the-model", 256, 0)
+    assert (first["model"], first["max_tokens"], first["temperature"]) == ("fc", 256, 0)
     assert "<end_of_turn>" in first["messages"][0]["content"]
     assert set(server.headers) == {"Bearer EMPTY"}
     server.requests.clear()
@@ -179,25 +180,6 @@ def test_an_answer_that_is_none_is_a_failure_and_no_exception(serve, ask, tmp_pa
     assert answers == {("", "failed"), ("x", "content_filter"), ("? x", "end_of_turn")}
 
 
-@pytest.mark.parametrize("served, flags, model", [
-    (["anything"], [], "anything"),
-    (["base", "fc"], ["--server-model", "fc"], "fc"),
-    (["base", "fc"], [], None),
-    (["base"], ["--server-model", "fc"], None),
-    ([], [], None),
-])  # fmt: skip
-def test_which_model_is_asked(serve, served, flags, model):
-    args = evaluation.parse_args(["--server", serve(echo, served=served).url, *flags])
-    if model:
-        assert evaluation.choose_served_model(args) == model
-    else:
-        with pytest.raises(SystemExit, match="^error: --server-model is to be one of"):
-            evaluation.choose_served_model(args)
-
-
-def test_a_server_that_is_not_there_is_told_in_one_line(tmp_path, tiny_model, split):
-    for url in ("http://127.0.0.1:9/v1", "http://host:port/v1"):
-        flags = ["--model", tiny_model, "--test-file", split, "--server", url]
-        process = run_script("evaluation.py", *flags, cwd=tmp_path)
-        assert_fails_in_one_line(process, f"--server {url}")
-    assert not (tmp_path / "evaluation_results").exists()
+def test_a_server_that_is_not_there_is_told_with_what_it_failed_at(ask, tmp_path):
+    with pytest.raises(SystemExit, match="12 queries failed .*ConnectError"):
+        ask("http://127.0.0.1:9/v1")
