@@ -18,6 +18,7 @@ import functools
 import hashlib
 import itertools
 import json
+import logging
 import os
 import random
 import re
@@ -99,8 +100,7 @@ def read_jsonl(path):
     for number, line in enumerate(path.read_bytes().splitlines(), start=1):
         place = f"{path}, line {number}"
         with reading(place):
-            row = json.loads(line)
-        yield place, row
+            yield place, json.loads(line)
 
 
 def sha256(path):
@@ -349,7 +349,6 @@ def evaluate(args, results_dir, queries):
     if is_local:
         import transformers
 
-        transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
         with reading(adapter_dir or model_dir):
             tokenizer = transformers.AutoTokenizer.from_pretrained(adapter_dir or model_dir)
@@ -642,9 +641,10 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    logging.disable(logging.WARNING)  # what goes wrong in a library is told once, by its error
     try:
         main()
     except KeyboardInterrupt:
-        sys.exit("interrupted: the same command with --resume, not --overwrite, goes on")
+        sys.exit("interrupted: --resume goes on with the evaluation")
     except (OSError, RuntimeError) as error:
         sys.exit(f"error: {type(error).__name__} {' '.join(str(error).split())}")

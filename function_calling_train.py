@@ -12,10 +12,12 @@ of the training, training_run.json and loss.png. Until then, checkpoints lie in 
 import argparse
 import hashlib
 import json
+import logging
 import math
 import os
 import re
 import shutil
+import signal
 import sys
 import warnings
 from importlib.metadata import version
@@ -155,6 +157,8 @@ def parse_args(argv=None):
 
 if __name__ == "__main__":
     parse_args()  # --help and mistakes are answered before the imports below, which take seconds
+    logging.disable(logging.WARNING)  # what goes wrong in a library is told once, by its error
+    signal.signal(signal.SIGINT, lambda *_: sys.exit("interrupted: --resume goes on with the run"))
     if "WORLD_SIZE" not in os.environ:  # without torchrun, one process trains on one GPU
         os.environ["CUDA_VISIBLE_DEVICES"] = os.getenv("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
 
@@ -179,14 +183,15 @@ def fail(message, error=""):
 
 def read_split(path):
     """Return the messages of each conversation, and the wording in dataset_info.json."""
-    conversations, number = [], 0
+    conversations, place = [], path.with_name("dataset_info.json")
     try:
-        wording = json.loads(path.with_name("dataset_info.json").read_text("utf-8"))["prompt"]
+        wording = json.loads(place.read_text("utf-8"))["prompt"]
         with open(path, encoding="utf-8") as file:
-            for number, line in enumerate(file, start=1):  # noqa: B007
+            for number, line in enumerate(file, start=1):
+                place = f"{path}, line {number}"
                 conversations.append(json.loads(line)["messages"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        fail(f"{path}, line {number}: run prepare_function_calling_dataset.py first: ", error)
+        fail(f"{place}: run prepare_function_calling_dataset.py first: ", error)
     return conversations, wording
 
 
@@ -207,7 +212,7 @@ def find_model(args):
     try:
         folder = Path(snapshot_download(args.model, revision=args.revision, allow_patterns=files))
     except (OSError, HTTPError, ValueError) as error:
-        fail(f"--model {args.model}: ", error)
+        fail(f"--model {args.model}, which is no folder, from the hub: ", error)
     return folder, folder.name
 
 
@@ -254,12 +259,11 @@ def build_datasets(conversations, tokenizer, template, args):
 
 def choose_device(dtype=None):
     """Return (device, torch dtype of the base model): `dtype`, or bfloat16 where it is fast."""
+    device = "mps" if torch.backends.mps.is_available() else "cpu"
+    has_bf16 = device == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16", False)
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         device, has_bf16 = "cuda", torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        device = "mps" if torch.backends.mps.is_available() else "cpu"
-        has_bf16 = device == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16", False)
     return device, getattr(torch, dtype or ("bfloat16" if has_bf16 else "float32"))
 
 
@@ -417,7 +421,6 @@ def finish(args, model_dir):
 
 def main(argv=None):
     args = parse_args(argv)
-    transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()
     warnings.simplefilter("ignore", FutureWarning)
@@ -475,5 +478,3 @@ if __name__ == "__main__":
         if not re.search("of memory|allocate|ALLOC_FAILED|inline_container|installed", str(error)):
             raise
         fail("--resume goes on; --batch-size 1 --activation-checkpointing saves memory: ", error)
-    except KeyboardInterrupt:
-        sys.exit("interrupted: the same command with --resume, not --overwrite, goes on")

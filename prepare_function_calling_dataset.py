@@ -90,7 +90,7 @@ def load_rows(args):
         try:
             rows += [json.loads(line)] if line.strip() else []
         except json.JSONDecodeError as error:
-            raise ValueError(f"line {number} is no JSON: {error.msg}") from None
+            raise ValueError(f"line {number}: {error.msg} (all but .parquet is JSON)") from None
     return rows, revision
 
 
@@ -239,7 +239,7 @@ def write_splits(records, info, args):
     for name, file in SPLIT_FILES.items():
         split = [records[row] for row in drawn[name]["row"] if records[row]]
         if not split:
-            raise ValueError(f"no row of {len(records)} for {name}; dropped: {[*info['dropped']]}")
+            raise ValueError(f"no row of {len(records)} is left for {name}: {[*info['dropped']]}")
         said = [t["content"] for r in split for t in r["messages"] if t["role"] == "assistant"]
         num_calls = sum("<tool_call>" in text for text in said)
         texts[file] = "".join(to_json(record) + "\n" for record in split).encode()
@@ -268,9 +268,9 @@ def main(argv=None):
     prompt["before_request"] = "\n\n" if args.no_think_instruction else THINK_INSTRUCTION
     try:
         rows, source["resolved_revision"] = load_rows(args)
-    except Exception as error:  # gzip, pyarrow, datasets and the hub raise errors of many kinds
+    except (Exception, KeyboardInterrupt) as error:  # gzip, pyarrow, the hub raise many kinds
         reason = " ".join(f"{error} {error.__cause__ or ''}".split())
-        sys.exit(f"error: {args.dataset}: {reason}")
+        sys.exit(f"error: {args.dataset}: {reason or 'interrupted, nothing is written'}")
     records, met = convert_rows(rows, prompt["before_request"])
     kept = [record for record in records if record]
     info = {"source": source, "seed": args.seed, "prompt": prompt}
