@@ -6,10 +6,7 @@
 
 *ours* is function_calling_train.py without flags: its own loading, LoRA and trainer.
 
-*trl* is what one writes from TRL's documentation: SFTTrainer on `messages` with LoraConfig() and
-SFTConfig() as they are, but for the number of steps, four conversations in each and, on a CPU, no
-bf16. So it cuts conversations to 1,024 tokens. Gemma's own chat template raises an error at a tool
-turn, so tool results stand in user turns, as such a user would put them.
+*trl* is TRL's own SFTTrainer as train_with_trl.py has it, on a CPU without bf16.
 
 *published* is the published recipe in the options of today's libraries: LoRA on embeddings and head
 too (so it is a plain Trainer: TRL refuses LoRA on the head), loss on all tokens, eager attention,
@@ -25,6 +22,7 @@ minutes.
 import json
 import time
 
+import train_with_trl
 import workload
 
 SIDES = ["published", "trl", "ours"]
@@ -82,25 +80,11 @@ def build_published(work_dir, num_steps):
 
 
 def build_trl(work_dir, num_steps):
-    import datasets
     import torch
-    from peft import LoraConfig
-    from trl import SFTConfig, SFTTrainer
 
-    rows = workload.read_conversations(work_dir / "split.jsonl")
-    conversations = [row["messages"] for row in rows]
-    for message in (message for messages in conversations for message in messages):
-        message["role"] = "user" if message["role"] == "tool" else message["role"]
-    dataset = datasets.Dataset.from_dict({"messages": conversations})
-    dataset = dataset.train_test_split(test_size=0.2, seed=42)["train"]  # as ours does
-    config = SFTConfig(
-        output_dir=work_dir / "trl",
-        max_steps=num_steps,
-        per_device_train_batch_size=4,
-        bf16=torch.cuda.is_available(),
-    )
-    model = str(work_dir / "model")
-    return SFTTrainer(model, config, train_dataset=dataset, peft_config=LoraConfig())
+    settings = {"max_steps": num_steps, "bf16": torch.cuda.is_available()}
+    files = work_dir / "model", work_dir / "split.jsonl"
+    return train_with_trl.build_trainer(*files, work_dir / "trl", **settings)
 
 
 def build_ours(work_dir, num_steps):
