@@ -89,8 +89,8 @@ def load_rows(args):
     for number, line in enumerate(text.split("\n"), start=1):
         try:
             rows += [json.loads(line)] if line.strip() else []
-        except json.JSONDecodeError as error:
-            raise ValueError(f"line {number}: {error.msg} (all but .parquet is JSON)") from None
+        except json.JSONDecodeError:
+            raise ValueError(f"line {number} is no JSON, which all but .parquet hold") from None
     return rows, revision
 
 
