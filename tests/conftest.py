@@ -51,8 +51,7 @@ def make_row(number):
         ]
     turns.insert(0, ("system", NO_TOOLS if tools == "null" else SYSTEM.format(tools=tools)))
     conversations = [{"from": role, "value": value} for role, value in turns]
-    row = {"id": f"id-{number}", "conversations": conversations, "tools": tools}
-    return row | dict.fromkeys(["category", "subcategory", "task"], "")
+    return {"id": f"id-{number}", "conversations": conversations, "tools": tools}
 
 
 def write_rows(path, rows):

@@ -1,7 +1,6 @@
 """Servers on the loopback interface: one of OpenAI's chat protocol, and a Hugging Face hub."""
 
 import contextlib
-import hashlib
 import json
 import threading
 import time
@@ -116,12 +115,10 @@ class Hub(Server):
         if is_api and (not rest or rest[0] == "revision"):
             siblings = [{"rfilename": name} for name in files]
             return 200, {"id": repo[1], "sha": COMMIT, "siblings": siblings}, {}
-        # A file's content is named by its hash.
-        blobs = {name: hashlib.sha1(content).hexdigest() for name, content in files.items()}
         if is_api and rest[0] == "tree":
-            sizes = {name: {"size": len(files[name]), "oid": blobs[name]} for name in files}
-            return 200, [{"type": "file", "path": name, **size} for name, size in sizes.items()], {}
+            sizes = {name: len(content) for name, content in files.items()}
+            listing = [{"type": "file", "path": n, "size": sizes[n], "oid": n} for n in files]
+            return 200, listing, {}
         if not is_api and rest[2] in files:
-            headers = {"ETag": f'"{blobs[rest[2]]}"', "X-Repo-Commit": COMMIT}
-            return 200, files[rest[2]], headers
+            return 200, files[rest[2]], {"ETag": f'"{rest[2]}"', "X-Repo-Commit": COMMIT}
         return 404, b"", {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": COMMIT}

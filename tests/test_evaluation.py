@@ -1,10 +1,9 @@
 """Step 3: published scores; loading and asking a model; what is written, resumed, refused."""
 
 import json
-import signal
+import os
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
@@ -193,14 +192,20 @@ def test_base_and_tuned_are_scored_and_compared(evaluate, splits, tiny_model, ca
         evaluate("--baseline", "--rescore")
 
 
-SLOW = f"""
-import sys, time
-sys.path.insert(0, {str(ROOT)!r})
+KILLED = """
+import os, signal
 import evaluation
 
-generate_batch = evaluation.generate_batch
-evaluation.generate_batch = lambda *args: time.sleep(0.5) or generate_batch(*args)
-evaluation.main(sys.argv[1:])
+generate_batch, batches = evaluation.generate_batch, []
+
+def kill(*args):
+    batches.append(args)
+    if len(batches) == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return generate_batch(*args)
+
+evaluation.generate_batch = kill
+evaluation.main()
 """
 
 
@@ -212,15 +217,12 @@ def test_a_killed_evaluation_goes_on_and_equals_an_undisturbed_one(
     whole = evaluate("--batch-size", "2", output=tmp_path / "whole") / "tuned"
     cut = tmp_path / "cut" / tiny_model.name / "tuned"
     flags = [*common_flags(tiny_model, splits, tmp_path / "cut"), "--batch-size", "2"]
-    process = subprocess.Popen([sys.executable, "-c", SLOW, *flags], cwd=finished.adapter.parent)
-    path, deadline = cut / "predictions.jsonl", time.monotonic() + 120
-    while time.monotonic() < deadline:
-        if path.is_file() and path.read_bytes().count(b"\n") >= 4:
-            break
-        time.sleep(0.05)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert 4 <= path.read_bytes().count(b"\n") < 14 and not (cut / "metrics.json").exists()
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    killed = [sys.executable, "-c", KILLED, *flags]
+    process = subprocess.run(killed, cwd=finished.adapter.parent, env=environment)
+    path = cut / "predictions.jsonl"
+    assert process.returncode == -9 and path.read_bytes().count(b"\n") == 4
+    assert not (cut / "metrics.json").exists()
     with open(path, "a") as file:
         file.write('{"conversation_id": "torn')
     with pytest.raises(SystemExit, match="holds an evaluation: --resume goes on"):
@@ -241,10 +243,13 @@ def test_a_killed_evaluation_goes_on_and_equals_an_undisturbed_one(
 def test_mistakes_end_in_one_line(tiny_model, splits, finished, tmp_path):
     test_file = ["--test-file", splits / "function_calling_test.jsonl"]
     (tmp_path / "p.jsonl").write_text('{"conversation_id": "9", "turn": 1, "output": ""}\n')
+    good = {"id": "0", "tools": "[]", "messages": [{"role": "user", "content": "Hi"}]}
+    (tmp_path / "bad.jsonl").write_text(f'{json.dumps(good)}\n{{"id": 1}}\n')
     (tmp_path / "no model").mkdir()
     for model, flags, words in [
         (tiny_model, [], ["function_calling_train.py", "--baseline"]),
         (tiny_model, ["--test-file", "x"], ["x", "prepare_function_calling_dataset.py first"]),
+        (tiny_model, ["--test-file", "bad.jsonl"], ["bad.jsonl, line 2"]),
         ("google/other", ["--adapter", finished.adapter], ["trained on", str(tiny_model)]),
         (tmp_path / "no model", ["--baseline"], ["no model", "tokenizer.json"]),
         ("google/not-in-the-cache", ["--baseline"], ["google/not-in-the-cache"]),
@@ -256,22 +261,9 @@ def test_mistakes_end_in_one_line(tiny_model, splits, finished, tmp_path):
         process = run_here(SCRIPT, "--model", model, *test_file, *flags, cwd=tmp_path)
         assert_fails_in_one_line(process, *words)
     for flags in (
-        ["--baseline", "--adapter", "x"],
         ["--server", "http://127.0.0.1:9"],
         ["--resume", "--overwrite"],
         ["--limit", "0"],
     ):
         assert run_here(SCRIPT, *flags, cwd=tmp_path).returncode == 2
     assert not (tmp_path / "evaluation_results").exists()
-
-
-BAD_LINES = ['{"id": 1}', '{"id": "1", "tools": "[]", "messages": [1]}', "[]", "{", "[" * 100_000]
-
-
-@pytest.mark.parametrize("line", BAD_LINES)
-def test_a_bad_line_of_the_split_is_named(tmp_path, line):
-    path = tmp_path / "test.jsonl"
-    good = {"id": "0", "tools": "[]", "messages": [{"role": "user", "content": "Hi"}]}
-    path.write_text(json.dumps(good) + "\n" + line + "\n")
-    with pytest.raises(SystemExit, match="^error: .*test.jsonl, line 2"):
-        evaluation.read_queries(path)

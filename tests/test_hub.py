@@ -55,7 +55,7 @@ def run(hub, tmp_path, monkeypatch):
 def test_the_scripts_with_no_flags_and_then_without_a_network(hub, run):
     for script in (PREPARE, TRAIN):
         process = run(script)
-        assert process.returncode == 0, process.stderr
+        assert process.returncode == 0 and not process.stderr, process.stderr
     assert {path.name for path in run.work.iterdir()} == {"processed_data", ADAPTER}
     info = json.loads((run.work / "processed_data/dataset_info.json").read_text())
     source = {"dataset": DATASET[1], "config": "glaive_func_calling", "split": "train"}

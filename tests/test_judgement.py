@@ -1,19 +1,19 @@
 """Step 3: which calls can be read, which are right, which fit their tools; counts and intervals."""
 
 import json
-import shutil
 import subprocess
 import sys
 import time
 
 import numpy
 import pytest
-from conftest import ROOT, make_tool, write_rows
+from conftest import ROOT, make_row, make_tool, write_rows
 from hypothesis import given
 from hypothesis import strategies as st
 from servers import Hub
 
 import evaluation
+import prepare_function_calling_dataset as prepare
 
 
 def call(name="f", /, **arguments):
@@ -120,7 +120,6 @@ AGAINST_ONE_CALL = [  # output; name, arguments and whole turn right; failure
     (call("f", a=1), True, False, False, "wrong_arguments"),
     (call("f", a=1, b="x", c=None), True, False, False, "wrong_arguments"),  # also optional ones
     (call("g", a=1, b="x"), False, True, False, "wrong_function"),
-    (call("g", a=2, b="x"), False, False, False, "wrong_function"),
     (call("f", a=1, b="x") * 2, False, False, False, "wrong_count"),
     ("", False, False, False, "no_call"),
     ("<tool_call>f(1)</tool_call>", False, False, False, "malformed"),
@@ -135,36 +134,26 @@ def test_a_call_against_its_reference(output, name, arguments, whole, failure):
     assert verdict["failure"] == failure
 
 
-EXACT = [
-    (call(a=2**53 + 1), call(a=2**53), "wrong_arguments"),  # ids are no floats
-    (call(a={"b": [1, {"c": [True]}]}), call(a={"b": [1.0, {"c": [True]}]}), None),
-    (call(a=[1, 2]), call(a=[2, 1]), "wrong_arguments"),
-    (call("f") + call("g", b=2), call("g", b=2) + call("f"), None),
-    (call("f") + call("g"), call("f") * 2, "wrong_function"),
-    (call("f") + call("g"), call("f"), "wrong_count"),
-    (call("f", a=1) + call("g", b=2), call("f", b=2) + call("g", a=1), "wrong_arguments"),
-]
-
-
-@pytest.mark.parametrize("reference, output, failure", EXACT)
-def test_numbers_lists_and_several_calls_are_compared_exactly(reference, output, failure):
-    assert judge(reference, output)["failure"] == failure
-
-
-CUT_OFF = [
-    ("It is sunny.", "It is sunny, too.", "end_of_turn", None),
-    ("It is sunny.", "It is sunny, and", "max_new_tokens", "truncated"),
+END, CUT = "end_of_turn", "max_new_tokens"
+FAILURES = [
+    (call(a=2**53 + 1), call(a=2**53), END, "wrong_arguments"),  # ids are no floats
+    (call(a={"b": [1, {"c": [True]}]}), call(a={"b": [1.0, {"c": [True]}]}), END, None),
+    (call(a=[1, 2]), call(a=[2, 1]), END, "wrong_arguments"),
+    (call("f") + call("g", b=2), call("g", b=2) + call("f"), END, None),
+    (call("f") + call("g"), call("f") * 2, END, "wrong_function"),
+    (call("f", a=1) + call("g", b=2), call("f", b=2) + call("g", a=1), END, "wrong_arguments"),
+    (call("f"), call("f")[:-5], CUT, "truncated"),
+    (call("f"), call("f") + " and then", CUT, None),
+    ("It is sunny.", "It is sunny, too.", END, None),
+    ("It is sunny.", "It is sunny, and", CUT, "truncated"),
+    ("It is sunny.", "<tool_call>oops", CUT, "truncated"),
     ("It is sunny.", "", "failed", "failed"),
-    ("It is sunny.", call("f"), "end_of_turn", "unneeded_call"),
-    ("It is sunny.", "<tool_call>oops", "end_of_turn", "malformed"),
-    ("It is sunny.", "<tool_call>oops", "max_new_tokens", "truncated"),
-    (call("f"), call("f")[:-5], "max_new_tokens", "truncated"),
-    (call("f"), call("f") + " and then", "max_new_tokens", None),
+    ("It is sunny.", call("f"), END, "unneeded_call"),
 ]
 
 
-@pytest.mark.parametrize("reference, output, finish_reason, failure", CUT_OFF)
-def test_turns_that_need_no_call_and_turns_cut_off(reference, output, finish_reason, failure):
+@pytest.mark.parametrize("reference, output, finish_reason, failure", FAILURES)
+def test_each_failure_has_one_class(reference, output, finish_reason, failure):
     verdict = judge(reference, output, finish_reason)
     assert verdict["failure"] == failure
     assert ("turn_right" in verdict["counts"]) == ("tool_call" in reference)
@@ -199,7 +188,6 @@ def test_parameters_null_or_absent_mean_a_function_without_arguments():
 DIALECTS = [  # declared, right, wrong
     ({"type": "dict"}, {"undeclared": 2}, [1]),
     ({"type": "float"}, 1.5, "1.5"),
-    ({"type": "int"}, 2, 2.5),
     ({"type": "STRING"}, "x", 1),
     ({"type": "OBJECT"}, {}, "x"),
     ({"type": "tuple", "items": {"type": "str"}}, ["x"], [1]),
@@ -262,9 +250,6 @@ def test_a_hostile_schema_is_judged_or_given_up_within_a_second():
     bomb = {f"d{n}": {"allOf": [{"$ref": f"#/$defs/d{n + 1}"}] * 10} for n in range(30)}
     draft7 = {"$schema": "http://json-schema.org/draft-07/schema#"}
     regex = {"type": "string", "pattern": r"^(\w+\s?)*$"}
-    deep = {}
-    for _ in range(6):
-        deep = {"unevaluatedProperties": deep, "allOf": [deep], "properties": {"a": deep}}
     hostile = [
         {"$ref": "#/$defs/d0", "$defs": {**bomb, "d30": {}}},
         {"patternProperties": {r"^(a+)+$": {}}, "additionalProperties": False},
@@ -272,7 +257,6 @@ def test_a_hostile_schema_is_judged_or_given_up_within_a_second():
         {"const": {**regex, **draft7}, "properties": {"a": {"$ref": "#/const"}}},
         {"properties": {"a": {"uniqueItems": True}}},
         {"properties": {"a": {"allOf": [{"$ref": "#"}] * 2}}},
-        deep,
     ]
     nested = json.loads('{"a": ' * 60 + "1" + "}" * 60)
     for schema in hostile:
@@ -380,36 +364,28 @@ def run_without_torch(*arguments, cwd):
     return process.stdout
 
 
-def test_predictions_of_a_server_are_scored_without_torch(tmp_path, tiny_model, splits):
-    """Of six calls and eight other turns, a call and another turn are wrong."""
-    data = shutil.copytree(splits, tmp_path / "processed_data")
-    training = data / "function_calling_train.jsonl"
-    lines = training.read_text().splitlines(keepends=True)
-    training.write_text("".join(line for line in lines if "get_weather_1" not in line))
-    queries = evaluation.read_queries(data / "function_calling_test.jsonl")
-    calls = [query for query in queries if "<tool_call>" in query["reference"]]
-    others = [query for query in queries if query not in calls]
-    unseen = [query for query in calls if "get_weather_1" in query["reference"]]
-    rows = []
-    for query in [*calls, *others]:
-        keys = {key: query[key] for key in ("conversation_id", "turn")}
-        rows.append({**keys, "output": query["reference"]})
-    function = evaluation.parse_calls(calls[0]["reference"])[0]
-    function["arguments"] = json.dumps(function["arguments"])
-    rows[0] |= {"output": None, "tool_calls": [{"function": function}]}
-    rows[0] |= {"finish_reason": "tool_calls"}
-    rows[5] |= {"output": "<tool_call>", "finish_reason": "length"}
-    rows[6] |= {"output": "\ud800", "finish_reason": "stop", "score": 0.9, "model": "\ud800"}
-    write_rows(tmp_path / "server.jsonl", reversed(rows))
+def test_predictions_of_a_server_are_scored_without_torch(tmp_path, tiny_model):
+    """Of two calls one is right, of a tool that the train split knows; so is one other turn."""
+    records = [prepare.convert_row(make_row(number)) for number in range(2)]
+    (tmp_path / "processed_data").mkdir()
+    write_rows(tmp_path / "processed_data/function_calling_train.jsonl", records[:1])
+    write_rows(tmp_path / "processed_data/function_calling_test.jsonl", records)
+    function = {"name": "get_weather_0", "arguments": '{"city": "Paris"}'}
+    right_call = {"output": None, "tool_calls": [{"function": function}]}
+    rows = [
+        {"conversation_id": "id-1", "turn": 1, "output": "<tool_call>", "finish_reason": "length"},
+        {"conversation_id": "id-1", "turn": 3, "output": "\ud800", "score": 0.9},
+        {"conversation_id": "id-0", "turn": 1, **right_call, "finish_reason": "tool_calls"},
+        {"conversation_id": "id-0", "turn": 3, "output": "It is 0 degrees in Paris."},
+    ]
+    write_rows(tmp_path / "server.jsonl", rows)
     arguments = "--model", str(tiny_model), "--predictions", "server.jsonl", "--show-failures", "3"
     printed = run_without_torch(*arguments, cwd=tmp_path)
     results = tmp_path / "evaluation_results" / tiny_model.name / "server"
     metrics = json.loads((results / "metrics.json").read_text())
-    assert metrics["scores"]["turn_right"]["value"] == 5 / 6
+    scores = {metric: (e["value"], e["n"]) for metric, e in metrics["scores"].items()}
+    assert 1 / 2 < scores["function_calling"][0] < 1 and scores["helpful_exchange"] == (1 / 2, 2)
+    assert (scores["turn_right"], scores["turn_right_seen_tools"]) == ((1 / 2, 2), (1, 1))
     assert metrics["failures"] == {"truncated": 1}
-    assert 5 / 6 < metrics["scores"]["function_calling"]["value"] < 1
-    assert metrics["scores"]["helpful_exchange"]["value"] == 7 / 8
-    assert metrics["scores"]["turn_right_unseen_tools"]["n"] == len(unseen) > 0
-    assert metrics["scores"]["turn_right_seen_tools"]["n"] == 6 - len(unseen)
-    assert f"truncated: conversation {rows[5]['conversation_id']}, turn 1" in printed
+    assert "truncated: conversation id-1, turn 1" in printed and "OUTPUT\n<tool_call>" in printed
     assert run_without_torch(*arguments, "--rescore", cwd=tmp_path) == printed

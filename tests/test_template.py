@@ -20,8 +20,8 @@ STRANGE_TOOL = {**make_tool("f", "Straße"), "n": [1, 0.5, True], "strict": None
 TOOLS = [make_tool("get_weather", "city"), STRANGE_TOOL]
 
 
-def make_templates(before_request, before_tools=prepare.BEFORE_TOOLS, after=prepare.AFTER_TOOLS):
-    wording = {"before_tools": before_tools, "after_tools": after}
+def make_templates(before_request):
+    wording = {"before_tools": prepare.BEFORE_TOOLS, "after_tools": prepare.AFTER_TOOLS}
     return train.make_templates({**wording, "before_request": before_request})
 
 
@@ -67,32 +67,14 @@ OBJECT = {"name": "get_weather", "arguments": ARGUMENTS}
 TEXT = {"name": "get_weather", "arguments": ' {"city":"Oslo","n":null}\n'}
 
 
-def test_openai_messages_by_hand():
-    _, serving = make_templates("\n\n", "T:", ".")
-    messages = [
-        {"role": "developer", "content": "Be brief."},
-        user(parts("Oslo", "or Rome? ")),
-        model(None, TEXT, {"name": "f", "arguments": {"Straße": 'say "ß"\n', "n": [None]}}),
-        result("7"),
-        result("<tool_response>\n8\n</tool_response>"),
-        model("Rome."),
-    ]
-    assert render(serving, messages, [{"name": "f"}], add_generation_prompt=True) == (
-        '<bos><start_of_turn>user\nBe brief.\n\nT:[{"name": "f"}].\n\nOslo\nor Rome?<end_of_turn>\n'
-        '<start_of_turn>model\n<tool_call>\n{"name": "get_weather", "arguments": '
-        '{"city":"Oslo","n":null}}\n'
-        '</tool_call>\n<tool_call>\n{"name": "f", "arguments": {"Straße": "say \\"ß\\"\\n", '
-        '"n": [null]}}\n</tool_call><end_of_turn>\n'
-        "<start_of_turn>user\n<tool_response>\n7\n</tool_response>\n<tool_response>\n8\n"
-        "</tool_response><end_of_turn>\n<start_of_turn>model\nRome.<end_of_turn>\n"
-        "<start_of_turn>model\n"
-    )
-    assert "generation" not in serving.replace("add_generation_prompt", "")
-
-
 HI, HELLO = user("Hi"), model("Hello")
 CONVERSATIONS = [
     [HI, HELLO, user(" Weather? "), model("", OBJECT), result("cold"), model(" Cold. \n")],
+    [
+        user(parts("Oslo", "or Rome? ")),
+        model(None, TEXT),
+        result("<tool_response>7</tool_response>"),
+    ],
     [{"role": "developer", "content": "Be kind."}, HI, model("I look.", OBJECT, TEXT)],
     [{"role": "system", "content": " \n"}, HI, model(None, {"name": "f", "arguments": ""})],
     [{"role": "system", "content": parts("Kind.")}, HI, HELLO],
