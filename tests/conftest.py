@@ -60,10 +60,7 @@ def write_rows(path, rows):
 
 
 def make_model(folder):
-    """Save a random Gemma 3 text model of few weights, with the tokenizer of the sample's model.
-
-    As Gemma's own does, the tokenizer puts a <bos> before what it encodes.
-    """
+    """Save a random Gemma 3 text model of few weights, with the tokenizer of the sample's model."""
     import torch
     from tokenizers import Tokenizer, processors
     from transformers import Gemma3ForCausalLM, Gemma3TextConfig, GenerationConfig
@@ -71,7 +68,7 @@ def make_model(folder):
     tokenizer = Tokenizer.from_file(str(SAMPLE_MODEL / "tokenizer.json"))
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<bos> $A", special_tokens=[("<bos>", 2)]
-    )
+    )  # as Gemma's own
     folder.mkdir()
     tokenizer.save(str(folder / "tokenizer.json"))
     config = json.loads((SAMPLE_MODEL / "tokenizer_config.json").read_text())

@@ -11,11 +11,8 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 class Server:
-    """A running server, at `url`, until the tests end.
-
-    `reply(request, body)` returns (status, content, headers), or None: the server says nothing and
-    closes the connection.
-    """
+    """A server that runs at `url` until the tests end. `reply(request, body)` returns (status,
+    content, headers), or None: the server says nothing and closes the connection."""
 
     def __init__(self):
         owner = self

@@ -1,7 +1,7 @@
 """The hub path for real: the scripts against a hub on the loopback interface."""
 
 import json
-import shutil
+from pathlib import Path
 from unittest.mock import create_autospec
 
 import huggingface_hub
@@ -60,7 +60,6 @@ def test_the_scripts_with_no_flags_and_then_without_a_network(hub, run):
     info = json.loads((run.work / "processed_data/dataset_info.json").read_text())
     source = {"dataset": DATASET[1], "config": "glaive_func_calling", "split": "train"}
     assert info["source"] == {**source, "revision": None, "resolved_revision": COMMIT}
-    assert (info["rows_loaded"], info["train"]["conversations"]) == (40, 32)
     config = json.loads((run.work / ADAPTER / "adapter_config.json").read_text())
     assert (config["base_model_name_or_path"], config["revision"]) == (MODEL[1], COMMIT)
     num_requests = len(hub.requests)
@@ -70,9 +69,7 @@ def test_the_scripts_with_no_flags_and_then_without_a_network(hub, run):
     assert len(hub.requests) == num_requests
 
 
-def test_hub_id_and_local_folder_alike_and_upload_only_when_asked(
-    hub, run, tiny_model, splits, monkeypatch
-):
+def test_nothing_is_uploaded_unasked_and_a_token_is_nowhere_written(hub, run, splits, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     api = create_autospec(huggingface_hub.HfApi)
     monkeypatch.setattr(huggingface_hub, "HfApi", api)
@@ -82,15 +79,10 @@ def test_hub_id_and_local_folder_alike_and_upload_only_when_asked(
     process = run(*command, "--resume", "--push-to-hub", "me/adapter")
     assert process.returncode == 0, process.stderr
     api().create_repo.assert_called_once_with("me/adapter", private=True, exist_ok=True)
-    api().upload_folder.assert_called_once()
-    files = {path.name: path.read_bytes() for path in (run.work / ADAPTER).iterdir()}
-    assert not any(b"hf_secret" in content for content in files.values())
+    api().upload_folder.assert_called_once_with(repo_id="me/adapter", folder_path=Path(ADAPTER))
+    files = [path for path in run.work.rglob("*") if path.is_file()]
+    assert files and not any(b"hf_secret" in path.read_bytes() for path in files)
     assert "hf_secret" not in process.stdout + process.stderr
-    shutil.copytree(tiny_model, run.work / "gemma-3-1b-it")
-    local = run(*command, "--model", "gemma-3-1b-it", "--overwrite", offline="1")
-    assert local.returncode == 0, local.stderr
-    weights = "adapter_model.safetensors"
-    assert (run.work / ADAPTER / weights).read_bytes() == files[weights]
 
 
 SCRIPTS = [

@@ -70,11 +70,7 @@ TEXT = {"name": "get_weather", "arguments": ' {"city":"Oslo","n":null}\n'}
 HI, HELLO = user("Hi"), model("Hello")
 CONVERSATIONS = [
     [HI, HELLO, user(" Weather? "), model("", OBJECT), result("cold"), model(" Cold. \n")],
-    [
-        user(parts("Oslo", "or Rome? ")),
-        model(None, TEXT),
-        result("<tool_response>7</tool_response>"),
-    ],
+    [user(parts("Oslo", "or Rome? ")), model(None, TEXT), result("<tool_response>\n7")],
     [{"role": "developer", "content": "Be kind."}, HI, model("I look.", OBJECT, TEXT)],
     [{"role": "system", "content": " \n"}, HI, model(None, {"name": "f", "arguments": ""})],
     [{"role": "system", "content": parts("Kind.")}, HI, HELLO],

@@ -1,5 +1,6 @@
 """Step 2: what carries loss, what moves, what is written, and how runs end, resume and fail."""
 
+import itertools
 import json
 import os
 import shutil
@@ -8,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, assert_fails_in_one_line, run_here, run_script
+from conftest import ROOT, assert_fails_in_one_line, run_here
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma3ForCausalLM, Gemma3TextConfig
@@ -117,29 +118,23 @@ def test_lora_weights_move_and_nothing_else(finished, tiny_model):
 
 
 def test_the_adapter_holds_lora_of_the_seven_projections_and_nothing_else(finished):
-    attention, mlp = "q_proj k_proj v_proj o_proj".split(), "gate_proj up_proj down_proj".split()
-    projections = [f"self_attn.{name}" for name in attention] + [f"mlp.{name}" for name in mlp]
+    projections = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split()
     weights = load_file(finished.adapter / WEIGHTS)
-    assert weights.keys() == {
-        f"base_model.model.model.layers.{layer}.{name}.lora_{part}.weight"
-        for layer in (0, 1)
-        for name in projections
-        for part in "AB"
-    }
+    parts = [name.split(".")[4:] for name in weights]  # such as 0, mlp, up_proj, lora_A, weight
+    held = [(layer, projection, lora) for layer, _, projection, lora, _ in parts]
+    assert sorted(held) == sorted(itertools.product("01", projections, ["lora_A", "lora_B"]))
     assert {weight.dtype for weight in weights.values()} == {torch.float32}
 
 
-@pytest.mark.parametrize(
-    "layers, hidden, mlp, megabytes", [(18, 640, 2048, 16), (26, 1152, 6912, 53)]
-)
-def test_an_adapter_of_the_real_shapes_is_small(finished, layers, hidden, intermediate, megabytes):
-    shape = {"hidden_size": hidden, "intermediate_size": intermediate, "head_dim": 256}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 1, "num_hidden_layers": layers}
-    with torch.device("meta"):
-        model = Gemma3ForCausalLM(Gemma3TextConfig(vocab_size=262_144, **shape, **heads))
-        model = get_peft_model(model, LoraConfig.from_pretrained(finished.adapter))
-    num_weights = sum(weight.numel() for name, weight in model.named_parameters() if "lora" in name)
-    assert 0.9 * megabytes < 4 * num_weights / 1e6 < megabytes
+def test_an_adapter_of_the_real_shapes_is_small(finished):
+    for layers, hidden, mlp, megabytes in ((18, 640, 2048, 16), (26, 1152, 6912, 53)):
+        shape = {"hidden_size": hidden, "intermediate_size": mlp, "head_dim": 256}
+        heads = {"num_attention_heads": 4, "num_key_value_heads": 1, "num_hidden_layers": layers}
+        with torch.device("meta"):
+            model = Gemma3ForCausalLM(Gemma3TextConfig(vocab_size=262_144, **shape, **heads))
+            model = get_peft_model(model, LoraConfig.from_pretrained(finished.adapter))
+        lora = [weight for name, weight in model.named_parameters() if "lora" in name]
+        assert 0.9 * megabytes < 4 * sum(map(torch.numel, lora)) / 1e6 < megabytes
 
 
 def test_the_adapter_folder_is_all_that_is_needed_beside_the_base_and_no_pickle(
@@ -242,9 +237,6 @@ def test_a_finished_run_is_not_replaced_unasked_and_resume_only_merges(tiny_mode
     assert process.returncode == 0 and "Trained" not in process.stdout, process.stderr
     assert (tmp_path / "run-merged/model.safetensors").is_file()
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").iterdir()} == before
-    other = [*command, "--overwrite", "--seed", "3"]
-    assert run_here(SCRIPT, *other, cwd=tmp_path).returncode == 0
-    assert json.loads((tmp_path / "run/training_run.json").read_text())["seed"] == 3
 
 
 def test_a_loss_that_is_no_number_stops_with_step_and_last_good_checkpoint(
@@ -324,6 +316,7 @@ def test_mistakes_end_in_one_line_and_the_corrected_command_just_works(
         assert_fails_in_one_line(process, *words)
         assert not [path for path in tmp_path.iterdir() if path.name.startswith("run")]
 
+    assert run_here(SCRIPT, "--epochs", "0", cwd=tmp_path).returncode == 2  # after the usage
     assert_refused("run prepare_function_calling_dataset.py first")  # the scripts in wrong order
     shutil.copytree(splits, split.parent)
     lines = split.read_text()
@@ -345,14 +338,11 @@ def test_mistakes_end_in_one_line_and_the_corrected_command_just_works(
     torch.save({}, tmp_path / "tiny-gemma/pytorch_model.bin")  # a pickle is never read
     assert_refused("tiny-gemma cannot be loaded", "safetensors")
     weights.write_bytes(whole)
-    llama = {**json.loads(gemma), "model_type": "llama", "rope_parameters": None}
-    config.write_text(json.dumps(llama))
+    (tmp_path / "tiny-gemma/code.py").write_text("raise SystemError")  # nor is a model's own code
+    llama = {"model_type": "llama", "rope_parameters": None}
+    llama["auto_map"] = {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}
+    config.write_text(json.dumps(json.loads(gemma) | llama))
     assert_refused("llama", "not a Gemma 3 text model")
     config.write_text(gemma)
     process = run_here(SCRIPT, *command, cwd=tmp_path)
     assert process.returncode == 0, process.stderr
-
-
-def test_wrong_usage_is_answered_before_anything_is_loaded(tmp_path):
-    process = run_script(SCRIPT, "--epochs", "0", cwd=tmp_path, timeout=5)
-    assert process.returncode == 2 and "--epochs must be greater than 0" in process.stderr
