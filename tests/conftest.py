@@ -8,12 +8,14 @@ import runpy
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import HealthCheck, settings
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
+SAMPLE_MODEL = ROOT / "sample/tiny-gemma-3"
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # fastest for tiny models, and bit for bit the same
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the same bytes twice are a promise on CPUs only
@@ -21,12 +23,7 @@ os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"  # tests of the hub path have a hub of their own
 
 CITIES = ["Paris", "Oslo", "Lima", "Cairo", "Quito", "Hanoi", "Turin", "Perth", "Sofia", "Accra"]
-SYSTEM = (
-    "You are a function calling AI model. You are provided with function signatures within "
-    "<tools></tools> XML tags.Here are the available tools:<tools>\n{tools}\n</tools>For each "
-    "function call return a json object within <tool_call></tool_call> XML tags as follows:\n"
-    "<tool_call>\n{{tool_call}}\n</tool_call>"
-)
+SYSTEM = "You call functions. Here are the available tools:<tools>\n{tools}\n</tools>"
 NO_TOOLS = "You are a helpful assistant, with no access to external functions."
 
 
@@ -37,25 +34,24 @@ def make_tool(name, argument):
     return {"type": "function", "function": function}
 
 
-def make_row(number, spell=json.dumps):
-    """A row in the dataset's layout; `spell` (or repr, as of old) writes tools, calls, results."""
+def make_row(number):
+    """A row in the dataset's layout; every fourth one is small talk, the others call a tool."""
     city, degrees, tools = CITIES[number % len(CITIES)], number % 30, "null"
     turns = [("human", f"Say hello to {city}."), ("gpt", f"Hello, {city}!")]
     if number % 4 != 3:
         tool = make_tool(f"get_weather_{number % 3}", "city")
         call = {"name": tool["function"]["name"], "arguments": {"city": city}}
         result = {"name": call["name"], "content": {"degrees": degrees}}
-        tools = spell([tool])
+        tools = json.dumps([tool])
         turns = [
             ("human", f"What is the weather in {city}?"),
-            ("gpt", f"<tool_call>\n{spell(call)}\n</tool_call>"),
-            ("tool", f"<tool_response>\n{spell(result)}\n</tool_response>"),
+            ("gpt", f"<tool_call>\n{json.dumps(call)}\n</tool_call>"),
+            ("tool", f"<tool_response>\n{json.dumps(result)}\n</tool_response>"),
             ("gpt", f"It is {degrees} degrees in {city}."),
         ]
     turns.insert(0, ("system", NO_TOOLS if tools == "null" else SYSTEM.format(tools=tools)))
     conversations = [{"from": role, "value": value} for role, value in turns]
-    row = {"id": f"id-{number}", "conversations": conversations, "tools": tools}
-    return row | dict.fromkeys(["category", "subcategory", "task"], "")
+    return {"id": f"id-{number}", "conversations": conversations, "tools": tools}
 
 
 def write_rows(path, rows):
@@ -63,75 +59,29 @@ def write_rows(path, rows):
     return path
 
 
-# Like Gemma's own where it matters: <bos>, Gemma's turns, no roles but these two, in turns.
-STOCK_TEMPLATE = (
-    "{{ bos_token }}{% for message in messages %}"
-    "{% if (message.role == 'user') != (loop.index0 % 2 == 0) "
-    "or message.role not in ['user', 'assistant'] %}"
-    "{{ raise_exception('Conversation roles must alternate user/assistant/user/...') }}{% endif %}"
-    "<start_of_turn>{{ 'model' if message.role == 'assistant' else 'user' }}\n"
-    "{{ message.content | trim }}<end_of_turn>\n"
-    "{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
-)
-
-
-def make_tokenizer(folder, texts):
-    """Save a small tokenizer of Gemma's make: its control tokens at their ids, unused slots."""
-    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
-    from tokenizers.trainers import BpeTrainer
-
-    control = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "[multimodal]"]
-    unused = [f"<unused{i}>" for i in range(99)]
-    turns = ["<start_of_turn>", "<end_of_turn>"]
-    spaces = decoders.Replace("▁", " ")
-    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
-    tokenizer.normalizer = normalizers.Replace(" ", "▁")
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
-    tokenizer.decoder = decoders.Sequence([spaces, decoders.ByteFallback(), decoders.Fuse()])
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="<bos> $A", special_tokens=[("<bos>", 2)]
-    )
-    first = control + unused + turns + ["\n"] + [f"<0x{byte:02X}>" for byte in range(256)]
-    size = len(first) + 400
-    trainer = BpeTrainer(vocab_size=size, special_tokens=first, show_progress=False)
-    tokenizer.train_from_iterator(texts, trainer)
-    # The trainer made each of `first` an added token: keep those that are so in Gemma.
-    definition = json.loads(tokenizer.to_str())
-    added = [t for t in definition["added_tokens"] if t["content"] in control + unused + turns]
-    special = control[:4] + turns
-    definition["added_tokens"] = [{**t, "special": t["content"] in special} for t in added]
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "tokenizer.json").write_text(json.dumps(definition, ensure_ascii=False), "utf-8")
-    config = {"tokenizer_class": "GemmaTokenizer", "add_bos_token": True}
-    config |= {f"{name}_token": f"<{name}>" for name in ("bos", "eos", "pad", "unk")}
-    config |= {"model_max_length": 1000000, "chat_template": STOCK_TEMPLATE}
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
-
-
-def make_model(folder, **options):
-    """Save a random Gemma 3 text model: tied, sliding and full layers, some ten thousand weights"""
+def make_model(folder):
+    """Save a random Gemma 3 text model of few weights, with the tokenizer of the sample's model."""
     import torch
+    from tokenizers import Tokenizer, processors
     from transformers import Gemma3ForCausalLM, Gemma3TextConfig, GenerationConfig
 
-    # Without "<": a tag falls into several pieces, as with Gemma's own tokenizer.
-    rows = [make_row(number) for number in range(40)]
-    said = [turn["value"].replace("<", " ") for row in rows for turn in row["conversations"]]
-    make_tokenizer(folder, said)
-    definition = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
-    # fmt: off
-    shape = dict(
-        vocab_size=len(definition["model"]["vocab"]), hidden_size=32, intermediate_size=64,
-        num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=16,
-        sliding_window=64, layer_types=["sliding_attention", "full_attention"],
-        max_position_embeddings=2048, bos_token_id=2, eos_token_id=1, pad_token_id=0,
-        tie_word_embeddings=True, initializer_range=0.2,
-    )
-    # fmt: on
+    tokenizer = Tokenizer.from_file(str(SAMPLE_MODEL / "tokenizer.json"))
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<bos> $A", special_tokens=[("<bos>", 2)]
+    )  # as Gemma's own
+    folder.mkdir()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = json.loads((SAMPLE_MODEL / "tokenizer_config.json").read_text())
+    config["chat_template"] = (SAMPLE_MODEL / "chat_template.jinja").read_text()
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    (folder / "tokenizer.model").write_bytes(b"pieces")  # llama.cpp reads it, transformers does not
+    layers = {"num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"]}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16}
+    size = {"hidden_size": 32, "intermediate_size": 64, "initializer_range": 0.2}
     torch.manual_seed(0)
-    model = Gemma3ForCausalLM(Gemma3TextConfig(**{**shape, **options}))
-    model.generation_config = GenerationConfig(
-        bos_token_id=2, eos_token_id=[1, 106], pad_token_id=0
-    )
+    shape = Gemma3TextConfig.from_pretrained(SAMPLE_MODEL, **layers, **heads, **size)
+    model = Gemma3ForCausalLM(shape)
+    model.generation_config = GenerationConfig.from_pretrained(SAMPLE_MODEL)
     model.save_pretrained(folder)
     return folder
 
@@ -159,9 +109,9 @@ def run_here(name, *arguments, cwd):
     return subprocess.CompletedProcess(sys.argv, code, stdout.getvalue(), stderr.getvalue())
 
 
-def assert_fails_in_one_line(process, *words, code=1):
+def assert_fails_in_one_line(process, *words):
     """A user's mistake ends in one line on standard error that holds `words`, no traceback."""
-    assert process.returncode == code, process.stderr
+    assert process.returncode == 1, process.stderr
     assert "Traceback" not in process.stderr
     lines = [line for line in process.stderr.strip().splitlines() if line.strip()]
     assert len(lines) == 1 and lines[0].startswith("error: "), process.stderr
@@ -189,6 +139,29 @@ def splits(tmp_path_factory):
     source = write_rows(folder / "rows.jsonl", [make_row(number) for number in range(40)])
     prepare.main(["--dataset", str(source), "--output-dir", str(folder / "processed_data")])
     return folder / "processed_data"
+
+
+@pytest.fixture(scope="session")
+def flags(splits):
+    """The flags of a training of 12 steps."""
+    flags = ["--train-file", str(splits / "function_calling_train.jsonl"), "--dtype", "float32"]
+    return [*flags, "--learning-rate", "0.01", "--epochs", "2"]
+
+
+@pytest.fixture(scope="session")
+def finished(tiny_model, flags, tmp_path_factory):
+    """A whole training with --merge: its folders and its trainer."""
+    import function_calling_train as train
+
+    folder, trainers = tmp_path_factory.mktemp("finished"), []
+    with pytest.MonkeyPatch.context() as patch:
+        build = train.build_trainer
+        patch.setattr(train, "build_trainer", lambda *a: trainers.append(build(*a)) or trainers[0])
+        patch.chdir(folder)
+        train.main(["--model", str(tiny_model), "--merge", *flags])
+    adapter = folder / f"LoRA_{tiny_model.name}-function_calling"
+    merged = folder / f"{adapter.name}-merged"
+    return SimpleNamespace(adapter=adapter, merged=merged, trainer=trainers[0])
 
 
 def pytest_collection_modifyitems(items):  # by far the longest: last, it would keep a core idle

@@ -1,49 +1,19 @@
 """Step 3: published scores; loading and asking a model; what is written, resumed, refused."""
 
 import json
-import signal
+import os
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
-from conftest import ROOT, assert_fails_in_one_line, run_script
-from hypothesis import given
-from hypothesis import strategies as st
+from conftest import ROOT, assert_fails_in_one_line, run_here
+from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import evaluation
 
 SCRIPT = "evaluation.py"
-TEMPLATE = (  # like the one that training leaves beside an adapter: it knows the role "tool"
-    "{{ bos_token }}{% for message in messages %}<start_of_turn>"
-    "{{ 'model' if message.role == 'assistant' else 'user' }}\n{{ message.content | trim }}"
-    "<end_of_turn>\n{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
-)
-
-
-@pytest.fixture(scope="module")
-def tuned(tiny_model, tmp_path_factory):
-    """A folder with a plain LoRA adapter of random weights, as training leaves one."""
-    from peft import LoraConfig, get_peft_model
-
-    folder = tmp_path_factory.mktemp("tuned")
-    adapter = folder / f"LoRA_{tiny_model.name}-function_calling"
-    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    config = LoraConfig(r=4, lora_alpha=8, target_modules=targets, task_type="CAUSAL_LM")
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_model), config)
-    torch.manual_seed(0)
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.3)
-    model.save_pretrained(adapter)
-    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
-    tokenizer.chat_template = TEMPLATE
-    tokenizer.save_pretrained(adapter)
-    training_run = {"model": str(tiny_model), "commit": None}
-    (adapter / "training_run.json").write_text(json.dumps(training_run))
-    return folder
 
 
 def common_flags(model, splits, output):
@@ -53,13 +23,13 @@ def common_flags(model, splits, output):
 
 
 @pytest.fixture
-def evaluate(tiny_model, splits, tuned, tmp_path, monkeypatch):
+def evaluate(tiny_model, splits, finished, tmp_path, monkeypatch):
     """Run the evaluation in this process, where the adapter lies; results go to tmp_path."""
 
-    def run(*flags, model=tiny_model, output=tmp_path):
-        monkeypatch.chdir(tuned)
-        evaluation.main([*common_flags(model, splits, output), *flags])
-        return output / model.name
+    def run(*flags, output=tmp_path):
+        monkeypatch.chdir(finished.adapter.parent)
+        evaluation.main([*common_flags(tiny_model, splits, output), *flags])
+        return output / tiny_model.name
 
     return run
 
@@ -70,89 +40,71 @@ def read_lines(folder):
     return {(line["conversation_id"], line["turn"]): line for line in lines}
 
 
-# ---- Published scores
+def read_metrics(folder):
+    return json.loads((folder / "metrics.json").read_text())
 
 
-@pytest.mark.parametrize("kind, reference, output, score", [
+SCORES = [
     ("function_calling", "abcde", "xxabcdexx", 1),
-    ("function_calling", "abcdef", "abcxdef", 3 / 6),
     ("function_calling", "abcdef", "defabc", 3 / 6),
     ("function_calling", "abc", "", 0),
-    ("function_calling", "", "x", 0),
     ("function_calling", "ab" * 300, "ab" * 150, 1 / 2),  # frequent tokens count
     ("helpful_exchange", "abc", "cab", 1),  # order does not count
     ("helpful_exchange", "abc", "axcy", 2 / 4),
     ("helpful_exchange", "abc", "aaa", 1 / 3),  # as often as the reference holds it
     ("helpful_exchange", "abc", "a", 1),
     ("helpful_exchange", "abc", "", 0),
-    ("helpful_exchange", "", "a", 0),
-])  # fmt: skip
+]
+
+
+@pytest.mark.parametrize("kind, reference, output, score", SCORES)
 def test_published_scores_worked_out_by_hand(kind, reference, output, score):
     assert evaluation.score_output(kind, list(reference), list(output)) == score
-
-
-tokens = st.lists(st.integers(0, 3), min_size=1, max_size=12)
-
-
-@given(tokens, tokens)
-def test_the_longest_common_run_is_the_longest_slice_both_hold(a, b):
-    slices = {tuple(b[i:j]) for i in range(len(b)) for j in range(i, len(b) + 1)}
-    ours = {tuple(a[i:j]) for i in range(len(a)) for j in range(i, len(a) + 1)}
-    longest = max(map(len, ours & slices))
-    assert evaluation.score_output("function_calling", a, b) == longest / len(a)
 
 
 # ---- The model and its prompts
 
 
-def test_bf16_rounds_weights_and_never_the_rotary_frequencies(tiny_model, tuned):
+def test_bf16_rounds_weights_and_never_the_rotary_frequencies(tiny_model):
     """Catches a model whose every score on a GPU is off beyond some hundred tokens."""
     model = evaluation.load_model(tiny_model, None, "cpu", torch.bfloat16)
-    frequencies = [buffer for name, buffer in model.named_buffers() if "inv_freq" in name]
-    assert frequencies and all(buffer.dtype == torch.float32 for buffer in frequencies)
+    exact = dict(AutoModelForCausalLM.from_pretrained(tiny_model).named_buffers())
+    frequencies = {name: x for name, x in model.named_buffers() if "inv_freq" in name}
+    assert frequencies and all(torch.equal(x, exact[name]) for name, x in frequencies.items())
+    assert {x.dtype for x in frequencies.values()} == {torch.float32}
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
-    expected = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.bfloat16).eval()
-    input_ids = torch.randint(110, 700, (2, 500), generator=torch.Generator().manual_seed(1))
-    with torch.no_grad():
-        assert torch.equal(model(input_ids).logits, expected(input_ids).logits)
 
 
-def test_the_adapter_is_merged_without_changing_what_the_model_says(tiny_model, tuned):
-    from peft import PeftModel
-
-    adapter = tuned / f"LoRA_{tiny_model.name}-function_calling"
+def test_the_adapter_is_merged_without_changing_what_the_model_says(tiny_model, finished):
     base = evaluation.load_model(tiny_model, None, "cpu", torch.float32)
-    merged = evaluation.load_model(tiny_model, adapter, "cpu", torch.float32)
+    merged = evaluation.load_model(tiny_model, finished.adapter, "cpu", torch.float32)
     unmerged = AutoModelForCausalLM.from_pretrained(tiny_model)
-    unmerged = PeftModel.from_pretrained(unmerged, adapter).eval()
+    unmerged = PeftModel.from_pretrained(unmerged, finished.adapter).eval()
     input_ids = torch.randint(110, 700, (1, 50))
     with torch.no_grad():
         logits = [model(input_ids).logits for model in (merged, unmerged, base)]
-    assert (logits[0] - logits[1]).abs().max() < 1e-4 < 1 < (logits[0] - logits[2]).abs().max()
+    assert (logits[0] - logits[1]).abs().max() < 1e-4 < 0.1 < (logits[0] - logits[2]).abs().max()
     assert not any("lora" in name for name, _ in merged.named_parameters())
 
 
-def encode(tokenizer, messages):
-    return tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
-
-
-def test_prompts_of_base_and_tuned_model(tiny_model, tuned):
-    """One <bos>; a tool's result stands in a user turn; no text can forge a turn of the base."""
+def test_base_and_tuned_model_get_one_prompt_in_which_no_text_forges_a_turn(tiny_model, finished):
+    """One <bos>; a tool's result stands in a user turn, also for a template without tools."""
     messages = [
         {"role": "user", "content": "Go <end_of_turn>"},
         {"role": "assistant", "content": "<tool_call>"},
-        {"role": "tool", "content": "result"},
+        {"role": "tool", "content": "<tool_response>\n7\n</tool_response>"},
     ]
-    stock = AutoTokenizer.from_pretrained(tiny_model)
-    ids = encode(stock, evaluation.write_for_base(messages, stock.backend_tokenizer))
-    text = (
-        "<bos><start_of_turn>user\nGo <end_of_turn ><end_of_turn>\n<start_of_turn>model\n"
-        "<tool_call><end_of_turn>\n<start_of_turn>user\nresult<end_of_turn>\n<start_of_turn>model\n"
-    )
-    assert stock.decode(ids) == text and ids.count(2) == 1 and ids.count(106) == 3
-    served = AutoTokenizer.from_pretrained(tuned / f"LoRA_{tiny_model.name}-function_calling")
-    ids = encode(served, messages)
-    assert served.decode(ids) == text.replace("turn >", "turn>") and ids.count(2) == 1
+    stock, served = (AutoTokenizer.from_pretrained(x) for x in (tiny_model, finished.adapter))
+    for_base = evaluation.write_for_base(messages, stock.backend_tokenizer)
+    for tokenizer, turns in ((stock, for_base), (served, messages)):
+        ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True)["input_ids"]
+        assert ids.count(tokenizer.convert_tokens_to_ids("<end_of_turn>")) == 3
+        assert tokenizer.decode(ids) == (
+            "<bos><start_of_turn>user\nGo <end_of_turn ><end_of_turn>\n"
+            "<start_of_turn>model\n<tool_call><end_of_turn>\n"
+            "<start_of_turn>user\n<tool_response>\n7\n</tool_response><end_of_turn>\n"
+            "<start_of_turn>model\n"
+        )
 
 
 def test_a_batch_answers_40_prompts_as_each_is_answered_alone(tiny_model):
@@ -177,26 +129,20 @@ def test_a_batch_answers_40_prompts_as_each_is_answered_alone(tiny_model):
     assert {reason for _, reason in expected} == {"end_of_turn", "max_new_tokens"}
 
 
-# The second is PyTorch's own words for an Apple GPU, shortened; it has no type of its own there.
-@pytest.mark.parametrize(
-    "error",
-    [torch.OutOfMemoryError("CUDA out of memory."), RuntimeError("MPS backend out of memory")],
-)
-def test_a_batch_that_does_not_fit_is_halved(tiny_model, monkeypatch, error):
+def test_a_batch_that_does_not_fit_is_halved(tiny_model, monkeypatch):
     model = evaluation.load_model(tiny_model, None, "cpu", torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     prompts = [[110 + n] * (n + 2) for n in range(7)]
     whole = evaluation.generate_batch(model, tokenizer, prompts, [1], 5)
-    generate, sizes = model.generate, []
+    generate, sizes, most = model.generate, [], 2
 
     def generate_on_a_small_gpu(**inputs):
         sizes.append(len(inputs["input_ids"]))
         if sizes[-1] > most:
-            raise error
+            raise torch.OutOfMemoryError("CUDA out of memory.")
         return generate(**inputs)
 
     monkeypatch.setattr(model, "generate", generate_on_a_small_gpu)
-    most = 2
     assert evaluation.generate_batch(model, tokenizer, prompts, [1], 5) == whole
     assert sizes == [7, 3, 1, 2, 4, 2, 2]
     most = 0
@@ -207,7 +153,7 @@ def test_a_batch_that_does_not_fit_is_halved(tiny_model, monkeypatch, error):
 # ---- A whole evaluation
 
 
-def test_base_and_tuned_are_scored_and_compared(evaluate, splits, tiny_model, capsys):
+def test_base_and_tuned_are_scored_and_compared(evaluate, splits, tiny_model):
     evaluate("--baseline")
     results = evaluate()
     assert {path.name for path in results.iterdir()} == {"base", "tuned", "comparison.png"}
@@ -216,8 +162,7 @@ def test_base_and_tuned_are_scored_and_compared(evaluate, splits, tiny_model, ca
     for label in ("base", "tuned"):
         names = {path.name for path in (results / label).iterdir()}
         assert names == {"predictions.jsonl", "run.json", "metrics.json"}
-        predictions = read_lines(results / label)
-        metrics = json.loads((results / label / "metrics.json").read_text())
+        predictions, metrics = read_lines(results / label), read_metrics(results / label)
         assert set(predictions) == set(map(evaluation.key_of, queries))
         for kind, n in (("function_calling", 6), ("helpful_exchange", 8)):
             scores = [p["score"] for p in predictions.values() if p["kind"] == kind]
@@ -227,49 +172,53 @@ def test_base_and_tuned_are_scored_and_compared(evaluate, splits, tiny_model, ca
             reference = stock.encode(p["reference"], add_special_tokens=False)
             output = stock.encode(p["output"], add_special_tokens=False)
             assert p["score"] == evaluation.score_output(p["kind"], reference, output)
-        run = json.loads((results / label / "run.json").read_text())
-        assert run["dtype"] == "float32" and run["max_new_tokens"] == 40 and metrics["run"] == run
+        assert metrics["run"] == json.loads((results / label / "run.json").read_text())
     assert metrics["difference"]["function_calling"]["n"] == 6
-    assert "difference" in capsys.readouterr().out
-    before = (results / "tuned" / "metrics.json").read_bytes()
     evaluate("--rescore")
-    assert (results / "tuned" / "metrics.json").read_bytes() == before
+    assert read_metrics(results / "tuned") == metrics
     evaluate("--limit", "3", "--overwrite")  # compared on those that both answered
-    metrics = json.loads((results / "tuned" / "metrics.json").read_text())
+    metrics = read_metrics(results / "tuned")
     n = metrics["scores"]["function_calling"]["n"]
     assert metrics["queries"] < 14 and metrics["difference"]["function_calling"]["n"] == n
     path = results / "base" / "predictions.jsonl"  # as of a split with the same ids
     path.write_text(path.read_text(encoding="utf-8").replace('"reference": "', '"reference": "x'))
     evaluate("--rescore")
-    assert "difference" not in json.loads((results / "tuned" / "metrics.json").read_text())
+    assert "difference" not in read_metrics(results / "tuned")
     with pytest.raises(SystemExit, match="base answers nothing of"):
         evaluate("--baseline", "--rescore")
 
 
+KILLED = """
+import os, signal
+import evaluation
+
+generate_batch, batches = evaluation.generate_batch, []
+
+def kill(*args):
+    batches.append(args)
+    if len(batches) == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return generate_batch(*args)
+
+evaluation.generate_batch = kill
+evaluation.main()
+"""
+
+
 @pytest.mark.slow
 def test_a_killed_evaluation_goes_on_and_equals_an_undisturbed_one(
-    evaluate, splits, tiny_model, tuned, tmp_path
+    evaluate, splits, tiny_model, finished, tmp_path
 ):
     """Catches a lost, torn or repeated answer after SIGKILL; and going on with other arguments."""
     whole = evaluate("--batch-size", "2", output=tmp_path / "whole") / "tuned"
     cut = tmp_path / "cut" / tiny_model.name / "tuned"
     flags = [*common_flags(tiny_model, splits, tmp_path / "cut"), "--batch-size", "2"]
-    slow = (
-        f"import sys, time; sys.path.insert(0, {str(ROOT)!r}); import evaluation;"
-        "real = evaluation.generate_batch;"
-        "evaluation.generate_batch = lambda *a: time.sleep(0.5) or real(*a);"
-        "evaluation.main(sys.argv[1:])"
-    )
-    process = subprocess.Popen([sys.executable, "-c", slow, *flags], cwd=tuned)
-    path, deadline = cut / "predictions.jsonl", time.monotonic() + 120
-    while time.monotonic() < deadline:
-        if path.is_file() and path.read_bytes().count(b"\n") >= 4:
-            break
-        time.sleep(0.05)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    answered = path.read_bytes().count(b"\n")
-    assert 4 <= answered < 14 and not (cut / "metrics.json").exists()
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    killed = [sys.executable, "-c", KILLED, *flags]
+    process = subprocess.run(killed, cwd=finished.adapter.parent, env=environment)
+    path = cut / "predictions.jsonl"
+    assert process.returncode == -9 and path.read_bytes().count(b"\n") == 4
+    assert not (cut / "metrics.json").exists()
     with open(path, "a") as file:
         file.write('{"conversation_id": "torn')
     with pytest.raises(SystemExit, match="holds an evaluation: --resume goes on"):
@@ -279,26 +228,25 @@ def test_a_killed_evaluation_goes_on_and_equals_an_undisturbed_one(
     evaluate("--resume", "--batch-size", "2", output=tmp_path / "cut")
     lines = path.read_text().splitlines()
     assert len(lines) == 14 and read_lines(cut) == read_lines(whole)  # nothing twice, nothing lost
-    ours, theirs = (json.loads((folder / "metrics.json").read_text()) for folder in (cut, whole))
-    assert ours["scores"] == theirs["scores"] and ours["failures"] == theirs["failures"]
+    assert read_metrics(cut) == read_metrics(whole)
     evaluate("--resume", output=tmp_path / "cut")  # nothing is left to ask
     assert path.read_text().splitlines() == lines
-    with pytest.raises(SystemExit, match="--overwrite replaces it"):
-        evaluate(output=tmp_path / "cut")
 
 
 # ---- What is refused
 
 
-def test_mistakes_end_in_one_line(tiny_model, splits, tuned, tmp_path):
+def test_mistakes_end_in_one_line(tiny_model, splits, finished, tmp_path):
     test_file = ["--test-file", splits / "function_calling_test.jsonl"]
-    adapter = tuned / f"LoRA_{tiny_model.name}-function_calling"
     (tmp_path / "p.jsonl").write_text('{"conversation_id": "9", "turn": 1, "output": ""}\n')
+    good = {"id": "0", "tools": "[]", "messages": [{"role": "user", "content": "Hi"}]}
+    (tmp_path / "bad.jsonl").write_text(f'{json.dumps(good)}\n{{"id": 1}}\n')
     (tmp_path / "no model").mkdir()
     for model, flags, words in [
         (tiny_model, [], ["function_calling_train.py", "--baseline"]),
         (tiny_model, ["--test-file", "x"], ["x", "prepare_function_calling_dataset.py first"]),
-        ("google/other", ["--adapter", adapter], ["trained on", str(tiny_model)]),
+        (tiny_model, ["--test-file", "bad.jsonl"], ["bad.jsonl, line 2"]),
+        ("google/other", ["--adapter", finished.adapter], ["trained on", str(tiny_model)]),
         (tmp_path / "no model", ["--baseline"], ["no model", "tokenizer.json"]),
         ("google/not-in-the-cache", ["--baseline"], ["google/not-in-the-cache"]),
         (tiny_model, ["--adapter", tmp_path / "no model"], ["training_run.json"]),
@@ -306,34 +254,12 @@ def test_mistakes_end_in_one_line(tiny_model, splits, tuned, tmp_path):
         (tiny_model, ["--predictions", "q.jsonl"], ["q.jsonl"]),
         (tiny_model, ["--rescore"], ["tuned/predictions.jsonl"]),
     ]:
-        process = run_script(SCRIPT, "--model", model, *test_file, *flags, cwd=tmp_path)
+        process = run_here(SCRIPT, "--model", model, *test_file, *flags, cwd=tmp_path)
         assert_fails_in_one_line(process, *words)
     for flags in (
-        ["--baseline", "--adapter", "x"],
-        ["--server", "http://127.0.0.1:9", "--server-model", "x", "--predictions", "p.jsonl"],
         ["--server", "http://127.0.0.1:9"],
         ["--resume", "--overwrite"],
         ["--limit", "0"],
-        ["--batch", "1"],
     ):
-        assert run_script(SCRIPT, *flags, cwd=tmp_path).returncode == 2
+        assert run_here(SCRIPT, *flags, cwd=tmp_path).returncode == 2
     assert not (tmp_path / "evaluation_results").exists()
-
-
-ROWS = ['{"id": 1}', '{"id": "1", "tools": "[]", "messages": [1]}', '{"tools": "3"}', "[]", "{"]
-
-
-@pytest.mark.parametrize("line", [*ROWS, "null", "[" * 100_000])
-def test_a_bad_line_of_the_split_is_named(tmp_path, line):
-    path = tmp_path / "test.jsonl"
-    good = {"id": "0", "tools": "[]", "messages": [{"role": "user", "content": "Hi"}]}
-    path.write_text(json.dumps(good) + "\n" + line + "\n")
-    with pytest.raises(SystemExit, match="^error: .*test.jsonl, line 2"):
-        evaluation.read_queries(path)
-
-
-def test_help_answers_at_once(tmp_path):
-    start = time.perf_counter()
-    process = run_script(SCRIPT, "--help", cwd=tmp_path, timeout=20)
-    assert process.returncode == 0 and "default: " in process.stdout
-    assert time.perf_counter() - start < 4  # importing torch takes longer, on a busy machine

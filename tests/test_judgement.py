@@ -1,27 +1,32 @@
 """Step 3: which calls can be read, which are right, which fit their tools; counts and intervals."""
 
 import json
-import resource
 import subprocess
 import sys
 import time
 
 import numpy
 import pytest
-from conftest import ROOT, make_tool
+from conftest import ROOT, make_row, make_tool, write_rows
 from hypothesis import given
 from hypothesis import strategies as st
+from servers import Hub
 
 import evaluation
+import prepare_function_calling_dataset as prepare
 
 
 def call(name="f", /, **arguments):
     return f"<tool_call>\n{json.dumps({'name': name, 'arguments': arguments})}\n</tool_call>"
 
 
-def predict(reference, output, finish_reason="end_of_turn", conversation_id="1", turn=1, score=0.5):
+def tagged(text):
+    return f"<tool_call>{text}</tool_call>"
+
+
+def predict(reference, output, finish_reason="end_of_turn", conversation_id="1", turn=1):
     kind = "function_calling" if "<tool_call>" in reference else "helpful_exchange"
-    prediction = {"conversation_id": conversation_id, "turn": turn, "kind": kind, "score": score}
+    prediction = {"conversation_id": conversation_id, "turn": turn, "kind": kind, "score": 0.5}
     texts = {"reference": reference, "output": output, "finish_reason": finish_reason}
     return prediction | texts
 
@@ -31,71 +36,48 @@ def judge(reference, output, finish_reason="end_of_turn", tools=()):
     return evaluation.judge_turn(predict(reference, output, finish_reason), declared)
 
 
-def problems_of(parameters, name="f", **arguments):
-    """What is found against a call of f, declared with these parameters."""
-    return judge("No.", call(name, **arguments), tools=[{"name": "f", **parameters}])["problems"][0]
-
-
-def write_lines(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
+def problems_of(schema, **arguments):
+    """What is found against a call of f, whose parameters are declared so."""
+    tools = [{"name": "f", "parameters": schema}]
+    return judge("No.", call("f", **arguments), tools=tools)["problems"][0]
 
 
 # ---- Reading calls
 
 
-def tagged(text):
-    return f"<tool_call>{text}</tool_call>"
-
-
-@pytest.mark.parametrize("text, calls", [
+READABLE = [
     ("Hello!", []),
-    ("", []),
     (tagged('{"name": "f", "arguments": {"a": 1}}'), [("f", {"a": 1})]),
-    (
-        tagged("{'name': 'f', 'arguments': {'a': True, 'b': None}}"),
-        [("f", dict(a=True, b=None))],
-    ),
+    (tagged("{'name': 'f', 'arguments': {'a': True, 'b': None}}"), [("f", {"a": True, "b": None})]),
     (tagged('{"name": "f", "arguments": "{\\"a\\": 1}"}'), [("f", {"a": 1})]),
     (tagged("{'name': 'f', 'arguments': {'a': (1, 2)}}"), [("f", {"a": [1, 2]})]),
     ("Sure. " + call("f") + "\n" + call("g", x="it's"), [("f", {}), ("g", {"x": "it's"})]),
     (tagged('{"name": "f"}'), [("f", {})]),
     (tagged('{"name": "f", "arguments": null}'), [("f", {})]),
     (tagged('{"name": "f", "arguments": ""}'), [("f", {})]),
-])  # fmt: skip
+]
+
+
+@pytest.mark.parametrize("text, calls", READABLE)
 def test_calls_are_read_as_json_or_python_literals(text, calls):
     found = [(call["name"], call["arguments"]) for call in evaluation.parse_calls(text)]
     assert found == calls
 
 
-FAULTY_TAGS = ["<tool_call>", "f</tool_call>", call("f") + "</tool_call>", tagged(call("f"))]
-FAULTY_CALLS = [
-    "",
-    "f(a=1)",
-    "[1]",
-    '{"arguments": {}}',
-    '{"name": 3}',
-    "{'name': 'f', 'arguments': 0}",
-]
+FAULTY_TAGS = ["<tool_call>", call("f") + "</tool_call>", tagged(call("f"))]
+FAULTY_CALLS = ["", "f(a=1)", "[1]", '{"arguments": {}}', '{"name": 3}']
 FAULTY_CALLS += [f'{{"name": "f", "arguments": {given}}}' for given in ("[1]", '"Paris"', "{1, 2}")]
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        *FAULTY_TAGS,
-        "</tool_call><tool_call>",
-        *map(tagged, FAULTY_CALLS),
-        call("f") + tagged("oops"),
-    ],
-)
+@pytest.mark.parametrize("text", FAULTY_TAGS + [tagged(faulty) for faulty in FAULTY_CALLS])
 def test_anything_else_is_malformed(text):
-    assert evaluation.parse_calls(text) is None
-    assert judge(call("f"), text)["failure"] == "malformed"
+    for output in (text, call("f") + text):
+        assert evaluation.parse_calls(output) is None
+        assert judge(call("f"), output)["failure"] == "malformed"
     assert judge(text, text)["is_faulty"] and judge(text, text)["failure"] is None
 
 
-@pytest.mark.parametrize("depth", [50, 200, *range(970, 1000), 5_000, 100_000])
+@pytest.mark.parametrize("depth", [50, *range(970, 1000), 100_000])
 def test_nesting_of_any_depth_is_judged_in_output_and_reference(depth):
     """Catches a RecursionError that ends an evaluation of thousands of queries."""
     for value in ("[" * depth + "]" * depth, '{"a": ' * depth + "1" + "}" * depth):
@@ -107,8 +89,7 @@ def test_nesting_of_any_depth_is_judged_in_output_and_reference(depth):
         assert verdict["failure"] == "wrong_arguments" or depth > 50
 
 
-PIECES = """<tool_call>|<tool_call></tool_call>|</tool_call>|</tool_call><tool_call>|[|{'a':|<|-|1+
-|<tool_call>{|not |'a' |x.|f(|lambda:|9|\\"""
+PIECES = "<tool_call>|<tool_call></tool_call>|[|{'a':|<|-|1+|<tool_call>{|not |x.|f(|lambda:|9|\\"
 
 
 @pytest.mark.parametrize("piece", PIECES.split("|"))
@@ -120,10 +101,7 @@ def test_a_megabyte_of_rubbish_is_read_in_a_second(piece):
         assert time.process_time() - start < 1
 
 
-rubbish = st.text() | st.text(alphabet="<tool_call>/{}[]'\":, \n\0\ud8001eE.-")
-
-
-@given(rubbish)
+@given(st.text() | st.text(alphabet="<tool_call>/{}[]'\":, \n\0\ud8001eE.-"))
 def test_no_string_whatsoever_raises(text):
     for output in (text, tagged(text), tagged(f'{{"name": "f", "arguments": {text}}}')):
         judge(call("f", a=1), output, tools=[make_tool("f", "a")])
@@ -133,28 +111,22 @@ def test_no_string_whatsoever_raises(text):
 # ---- Right and wrong
 
 
-@pytest.mark.parametrize("output, name, arguments, whole, failure", [
-    (call("f", a=1, b="x"), True, True, True, None),
+AGAINST_ONE_CALL = [  # output; name, arguments and whole turn right; failure
     (call("f", b="x", a=1.0), True, True, True, None),  # free order of keys; 1 equals 1.0
     ("Of course: " + call("f", a=1, b="x"), True, True, True, None),
     (call("f", a=True, b="x"), True, False, False, "wrong_arguments"),  # true is not 1
     (call("f", a="1", b="x"), True, False, False, "wrong_arguments"),
     (call("f", a=1, b="X"), True, False, False, "wrong_arguments"),  # strings to the letter
     (call("f", a=1), True, False, False, "wrong_arguments"),
-    (
-        call("f", a=1, b="x", c=None),
-        True,
-        False,
-        False,
-        "wrong_arguments",
-    ),  # also optional ones
+    (call("f", a=1, b="x", c=None), True, False, False, "wrong_arguments"),  # also optional ones
     (call("g", a=1, b="x"), False, True, False, "wrong_function"),
-    (call("g", a=2, b="x"), False, False, False, "wrong_function"),
     (call("f", a=1, b="x") * 2, False, False, False, "wrong_count"),
-    ("I cannot do that.", False, False, False, "no_call"),
     ("", False, False, False, "no_call"),
     ("<tool_call>f(1)</tool_call>", False, False, False, "malformed"),
-])  # fmt: skip
+]
+
+
+@pytest.mark.parametrize("output, name, arguments, whole, failure", AGAINST_ONE_CALL)
 def test_a_call_against_its_reference(output, name, arguments, whole, failure):
     verdict = judge(call("f", a=1, b="x"), output)
     keys = ("name_right", "arguments_right", "turn_right")
@@ -162,32 +134,26 @@ def test_a_call_against_its_reference(output, name, arguments, whole, failure):
     assert verdict["failure"] == failure
 
 
-@pytest.mark.parametrize("reference, output, failure", [
-    (call(a=2**53 + 1), call(a=2**53 + 1), None),
-    (call(a=2**53 + 1), call(a=2**53), "wrong_arguments"),  # ids are no floats
-    (call(a={"b": [1, {"c": [True]}]}), call(a={"b": [1.0, {"c": [True]}]}), None),
-    (call(a=[1, 2]), call(a=[2, 1]), "wrong_arguments"),
-    (call("f") + call("g", b=2), call("g", b=2) + call("f"), None),
-    (call("f") + call("g"), call("f") * 2, "wrong_function"),
-    (call("f") + call("g"), call("f"), "wrong_count"),
-    (call("f", a=1) + call("g", b=2), call("f", b=2) + call("g", a=1), "wrong_arguments"),
-])  # fmt: skip
-def test_numbers_lists_and_several_calls_are_compared_exactly(reference, output, failure):
-    assert judge(reference, output)["failure"] == failure
-
-
-@pytest.mark.parametrize("reference, output, finish_reason, failure", [
-    ("It is sunny.", "It is sunny.", "end_of_turn", None),
-    ("It is sunny.", "It is sunny, and", "max_new_tokens", "truncated"),
-    ("It is sunny.", "", "prompt_too_long", "truncated"),
+END, CUT = "end_of_turn", "max_new_tokens"
+FAILURES = [
+    (call(a=2**53 + 1), call(a=2**53), END, "wrong_arguments"),  # ids are no floats
+    (call(a={"b": [1, {"c": [True]}]}), call(a={"b": [1.0, {"c": [True]}]}), END, None),
+    (call(a=[1, 2]), call(a=[2, 1]), END, "wrong_arguments"),
+    (call("f") + call("g", b=2), call("g", b=2) + call("f"), END, None),
+    (call("f") + call("g"), call("f") * 2, END, "wrong_function"),
+    (call("f", a=1) + call("g", b=2), call("f", b=2) + call("g", a=1), END, "wrong_arguments"),
+    (call("f"), call("f")[:-5], CUT, "truncated"),
+    (call("f"), call("f") + " and then", CUT, None),
+    ("It is sunny.", "It is sunny, too.", END, None),
+    ("It is sunny.", "It is sunny, and", CUT, "truncated"),
+    ("It is sunny.", "<tool_call>oops", CUT, "truncated"),
     ("It is sunny.", "", "failed", "failed"),
-    ("It is sunny.", call("f"), "end_of_turn", "unneeded_call"),
-    ("It is sunny.", "<tool_call>oops", "end_of_turn", "malformed"),
-    ("It is sunny.", "<tool_call>oops", "max_new_tokens", "truncated"),
-    (call("f"), call("f")[:-5], "max_new_tokens", "truncated"),
-    (call("f"), call("f") + " and then", "max_new_tokens", None),
-])  # fmt: skip
-def test_turns_that_need_no_call_and_turns_cut_off(reference, output, finish_reason, failure):
+    ("It is sunny.", call("f"), END, "unneeded_call"),
+]
+
+
+@pytest.mark.parametrize("reference, output, finish_reason, failure", FAILURES)
+def test_each_failure_has_one_class(reference, output, finish_reason, failure):
     verdict = judge(reference, output, finish_reason)
     assert verdict["failure"] == failure
     assert ("turn_right" in verdict["counts"]) == ("tool_call" in reference)
@@ -199,71 +165,66 @@ def test_turns_that_need_no_call_and_turns_cut_off(reference, output, finish_rea
 PROPERTIES = {"city": {"type": "string"}, "nights": {"type": "integer"}, "class": {"enum": ["a"]}}
 PARAMETERS = {"type": "object", "required": ["city"], "properties": PROPERTIES}
 BOOK = {"type": "function", "function": {"name": "book", "parameters": PARAMETERS}}
-
-
-@pytest.mark.parametrize("output, problems", [
+AGAINST_TOOLS = [
     (call("book", city="Oslo", nights=2), []),
     (call("fly", city="Oslo"), ["unknown function"]),
     (call("book", nights=2), ["required argument missing"]),
-    (call("book", city="Oslo", pets=True), ["argument not declared"]),
     (call("book", city="Oslo", **{"class": "c"}), ["wrong type"]),
     (call("book", pets=1, city=2), ["argument not declared", "wrong type"]),
-])  # fmt: skip
+]
+
+
+@pytest.mark.parametrize("output, problems", AGAINST_TOOLS)
 def test_a_call_is_held_against_the_declared_tools(output, problems):
     assert judge("No.", output, tools=[BOOK])["problems"] == [problems]
 
 
-def judge_file(tmp_path, predictions, tools_of, seen_tools):
-    """What is made of predictions, whose conversations declare these tools."""
-    path = write_lines(tmp_path / "predictions.jsonl", predictions)
-    queries = [{**p, "tools": json.dumps(tools_of[p["conversation_id"]])} for p in predictions]
-    judged = evaluation.judge_predictions(path, queries, seen_tools)
-    return judged, evaluation.summarize(list(judged.values()))
+def test_parameters_null_or_absent_mean_a_function_without_arguments():
+    for tool in ({"name": "f"}, {"name": "f", "parameters": None}, {"name": "f", "parameters": {}}):
+        assert judge("No.", call("f"), tools=[tool])["problems"] == [[]]
+        assert judge("No.", call("f", a=1), tools=[tool])["problems"] == [["argument not declared"]]
 
 
-@pytest.mark.parametrize("parameters", [{}, {"parameters": None}, {"parameters": {}}])
-def test_parameters_null_or_absent_mean_a_function_without_arguments(parameters):
-    assert problems_of(parameters) == []
-    assert problems_of(parameters, a=1) == ["argument not declared"]
-
-
-@pytest.mark.parametrize("declared, right, wrong", [
-    ({"type": "dict"}, {"x": 1}, [1]),
+DIALECTS = [  # declared, right, wrong
+    ({"type": "dict"}, {"undeclared": 2}, [1]),
     ({"type": "float"}, 1.5, "1.5"),
-    ({"type": "int"}, 2, 2.5),
     ({"type": "STRING"}, "x", 1),
     ({"type": "OBJECT"}, {}, "x"),
-    ({"type": "Boolean"}, True, 1),
-    ({"type": "list"}, [1], {}),
     ({"type": "tuple", "items": {"type": "str"}}, ["x"], [1]),
     ({"type": "any", "enum": [1, "x"]}, "x", 2),
     ({"type": ["float", "NULL"]}, None, "x"),
     ({"type": "string", "nullable": True}, None, 1),
-    ({"type": "string"}, "x", None),
+    ({"type": "string", "enum": None, "format": "date"}, "x", None),
     ({"type": "string", "pattern": "(", "maxLength": 2}, "x", "xyz"),
-    ({"type": "string", "format": "date", "enum": None, "items": None}, "no date", 1),
     ({"type": "object", "properties": {"type": {"type": "int"}}}, {"type": 1}, {"type": "x"}),
-    ({"type": "dict", "properties": {}}, {"undeclared": 2}, 3),
-])  # fmt: skip
+]
+
+
+@pytest.mark.parametrize("declared, right, wrong", DIALECTS)
 def test_dialects_are_read_as_the_json_schema_they_mean(declared, right, wrong):
     """`wrong` shows that the rest of the schema is still checked; nested objects are open."""
-    parameters = {"parameters": {"type": "dict", "properties": {"a": declared}, "required": None}}
-    assert problems_of(parameters, a=right) == []
-    assert problems_of(parameters, a=wrong) == ["wrong type"]
+    schema = {"type": "dict", "properties": {"a": declared}, "required": None}
+    assert problems_of(schema, a=right) == []
+    assert problems_of(schema, a=wrong) == ["wrong type"]
 
 
-UNREADABLE = [
-    *({"type": "strin"}, [1], True, 3, "x", {"required": True}, {"$ref": 3}, {"$ref": "#"}),
-    *({"$ref": "http://127.0.0.1:9/x"}, {"$ref": "#/nowhere"}),
-    *({"properties": {"a": {"minimum": "x"}}}, {"properties": {"a": {"$ref": "#/properties/a"}}}),
-]
+def judge_file(tmp_path, predictions, tools_of, seen_tools):
+    """The report on predictions, whose conversations declare these tools."""
+    path = write_rows(tmp_path / "predictions.jsonl", predictions)
+    queries = [{**p, "tools": json.dumps(tools_of[p["conversation_id"]])} for p in predictions]
+    judged = evaluation.judge_predictions(path, queries, seen_tools)
+    return evaluation.summarize(list(judged.values()))
+
+
+UNREADABLE = [[1], "x", {"type": "strin"}, {"required": True}, {"$ref": "#"}]
+UNREADABLE += [{"$ref": "#/nowhere"}, {"properties": {"a": {"$ref": "#/properties/a"}}}]
 
 
 @pytest.mark.parametrize("schema", UNREADABLE)
 def test_a_schema_that_cannot_be_read_leaves_the_call_out_and_is_counted(schema, tmp_path):
     tools = [{"name": "f", "parameters": schema}, BOOK]
     predictions = [predict("No.", call("f", a=1)), predict("No.", call("book", city=1), turn=3)]
-    _, report = judge_file(tmp_path, predictions, {"1": tools}, None)
+    report = judge_file(tmp_path, predictions, {"1": tools}, None)
     assert report["left_out"] == {"unchecked calls": 1, "faulty references": 0}
     assert report["scores"]["valid_call"] == {"value": 0, "n": 1, "interval": [0, 0]}
 
@@ -276,80 +237,65 @@ BRANCHED = [{key: [A, B]} for key in ("allOf", "anyOf", "oneOf")] + [
 ]
 
 
-@pytest.mark.parametrize("schema", BRANCHED)
-def test_an_argument_is_declared_if_any_branch_declares_it(schema):
-    found = problems_of({"parameters": schema}, a=1, b=2)
-    assert "argument not declared" not in found
-    assert "argument not declared" in problems_of({"parameters": schema}, a=1, b=2, c=3)
+def test_an_argument_is_declared_if_any_branch_declares_it():
+    for schema in BRANCHED:
+        assert "argument not declared" not in problems_of(schema, a=1, b=2)
+        assert "argument not declared" in problems_of(schema, a=1, b=2, c=3)
     for extra in ({"additionalProperties": True}, {"patternProperties": {"^x": {}}}):
-        assert problems_of({"parameters": {"properties": {}, **extra}}, c=3) == []
-    closed = {"properties": {}, "additionalProperties": False}
-    assert problems_of({"parameters": closed}, c=3) == ["argument not declared"]
+        assert problems_of({"properties": {}, **extra}, c=3) == []
 
 
 def test_a_hostile_schema_is_judged_or_given_up_within_a_second():
     """Catches a data set that stops the evaluation for ever."""
     bomb = {f"d{n}": {"allOf": [{"$ref": f"#/$defs/d{n + 1}"}] * 10} for n in range(30)}
+    draft7 = {"$schema": "http://json-schema.org/draft-07/schema#"}
     regex = {"type": "string", "pattern": r"^(\w+\s?)*$"}
-    draft7 = "http://json-schema.org/draft-07/schema#"
-    tree = {"properties": {"a": {"allOf": [{"$ref": "#"}] * 2}}}
-    deep = {}
-    for _ in range(6):
-        deep = {"unevaluatedProperties": deep, "allOf": [deep], "properties": {"a": deep}}
     hostile = [
         {"$ref": "#/$defs/d0", "$defs": {**bomb, "d30": {}}},
-        {"anyOf": [{"$ref": "#/$defs/d0"}], "$defs": bomb},
         {"patternProperties": {r"^(a+)+$": {}}, "additionalProperties": False},
-        {"properties": {"a": regex}},
-        {"properties": {"a": {**regex, "$schema": draft7}}},
-        {"$schema": draft7, "properties": {"a": regex}},
-        {"const": {"$schema": draft7, **regex}, "properties": {"a": {"$ref": "#/const"}}},
+        {"properties": {"a": {**regex, **draft7}}},
+        {"const": {**regex, **draft7}, "properties": {"a": {"$ref": "#/const"}}},
         {"properties": {"a": {"uniqueItems": True}}},
-        tree,
-        deep,
+        {"properties": {"a": {"allOf": [{"$ref": "#"}] * 2}}},
     ]
     nested = json.loads('{"a": ' * 60 + "1" + "}" * 60)
     for schema in hostile:
         for value in ("a" * 40 + "!", [{"x": n} for n in range(3000)], nested):
             start = time.process_time()
-            problems_of({"parameters": schema}, a=value, **{"a" * 40 + "!": 1})
+            problems_of(schema, a=value, **{"a" * 40 + "!": 1})
             assert time.process_time() - start < 1, schema
 
 
 def test_a_reference_in_a_declaration_is_never_fetched():
-    from hub_server import Hub
-
     hub = Hub()
-    problems_of({"parameters": {"$ref": f"{hub.url}/schema"}}, a=1)
-    problems_of({"parameters": {"$id": f"{hub.url}/", "$ref": "#x"}}, a=1)
-    hub.close()
+    assert problems_of({"$ref": f"{hub.url}/schema"}, a=1) is None
+    problems_of({"$id": f"{hub.url}/", "$ref": "#x"}, a=1)
     assert hub.requests == []
 
 
 # ---- Counts and intervals
 
 
-LIMA = call("book", city="Lima")
+LIMA, ROME = call("book", city="Lima"), call("fly", to="Rome")
 PREDICTIONS = [
     predict(LIMA, LIMA, conversation_id="1", turn=1),
     predict("Done.", "Done.", conversation_id="1", turn=3),
     predict(LIMA, "<tool_call>book Lima</tool_call>", conversation_id="2", turn=1),
     predict("Done.", LIMA, conversation_id="2", turn=3),
-    predict(call("fly", to="Rome"), "I cannot.", conversation_id="3", turn=1),
+    predict(ROME, "I cannot.", conversation_id="3", turn=1),
     predict("Done.", "<tool_call>", conversation_id="3", turn=3),
-    predict(call("fly", to="Rome"), call("fly", to="Paris"), conversation_id="4", turn=1),
-    predict("<tool_call>faulty</tool_call>", call("fly", to="Rome"), conversation_id="5", turn=1),
+    predict(ROME, call("fly", to="Paris"), conversation_id="4", turn=1),
+    predict("<tool_call>faulty</tool_call>", ROME, conversation_id="5", turn=1),
 ]
 FLY = [make_tool("fly", "to")]
 TOOLS_OF = {"1": [BOOK], "2": [BOOK], "3": FLY, "4": FLY, "5": []}
 
 
 def test_the_report_counts_what_was_worked_out_by_hand(tmp_path):
-    _, report = judge_file(tmp_path, PREDICTIONS, TOOLS_OF, seen_tools={"book"})
+    report = judge_file(tmp_path, PREDICTIONS, TOOLS_OF, seen_tools={"book"})
     failures = {"no_call": 1, "unneeded_call": 1, "malformed": 2, "wrong_arguments": 1}
     assert report["queries"] == 8 and report["failures"] == failures
     assert report["left_out"] == {"unchecked calls": 0, "faulty references": 1}
-    assert report["finish_reasons"] == {"end_of_turn": 8}
     assert report["problems"] == {"unknown function": 1}  # conversation 5 declares no tool
     values = {metric: (entry["value"], entry["n"]) for metric, entry in report["scores"].items()}
     assert values == {
@@ -365,11 +311,8 @@ def test_the_report_counts_what_was_worked_out_by_hand(tmp_path):
         "turn_right_seen_tools": (1 / 2, 2),
         "turn_right_unseen_tools": (0, 2),
     }
-    _, report = judge_file(tmp_path, PREDICTIONS, TOOLS_OF, None)
-    assert "turn_right_seen_tools" not in report["scores"]
-    both = predict(LIMA + call("fly", to="Rome"), "No.")  # a turn of both is about unseen ones
-    _, report = judge_file(tmp_path, [both], {"1": []}, {"book"})
-    assert report["scores"]["turn_right_unseen_tools"]["n"] == 1
+    table = evaluation.format_scores({"tuned": report["scores"]}, "gemma-3-1b-it").splitlines()
+    assert table[1].split() == "function calling 5 0.500 [0.500, 0.500] 0.28, 0.91, 0.973".split()
 
 
 def make_turns(metric, outcomes, turns_each=1):
@@ -388,7 +331,6 @@ def test_intervals_resample_conversations_not_turns():
     mean, half = coins.mean(), 1.96 * coins.std() / 400**0.5  # by turns sqrt(10) times narrower
     assert entry["value"] == pytest.approx(mean) and entry["n"] == 4000
     assert entry["interval"] == pytest.approx([mean - half, mean + half], abs=0.1 * half)
-    assert evaluation.estimate(turns)["turn_right"] == entry  # seeded
 
 
 def test_the_difference_is_paired():
@@ -401,33 +343,9 @@ def test_the_difference_is_paired():
     low, high = entry["interval"]
     alone = evaluation.estimate(base)["recall"]["interval"]
     assert 0 < low < entry["value"] < high and high - low < 0.6 * (alone[1] - alone[0])
-    same = evaluation.estimate(base, base)["recall"]
-    assert (same["value"], same["interval"]) == (0, [0, 0])
 
 
 # ---- Predictions from elsewhere, and the report again
-
-
-def write_split(folder, num_conversations):
-    """A test split of a call and an answer each, and a train split that knows every other tool."""
-
-    def row(number):
-        name = f"tool_{number % 4}"
-        texts = [
-            f"Do {number}",
-            call(name, x=f"{number} " + "word " * 20),
-            "done",
-            f"It is done, {number}. " + "Really done. " * 10,
-        ]
-        roles = ["user", "assistant", "tool", "assistant"]
-        messages = [{"role": r, "content": text} for r, text in zip(roles, texts, strict=True)]
-        tools = json.dumps([make_tool(name, "x")])
-        return {"id": str(number), "tools": tools, "messages": messages}
-
-    folder.mkdir(exist_ok=True)
-    write_lines(folder / "function_calling_train.jsonl", map(row, range(0, num_conversations, 2)))
-    path = write_lines(folder / "function_calling_test.jsonl", map(row, range(num_conversations)))
-    return list(evaluation.read_queries(path))
 
 
 def run_without_torch(*arguments, cwd):
@@ -442,61 +360,28 @@ def run_without_torch(*arguments, cwd):
     return process.stdout
 
 
-def test_predictions_of_a_server_are_scored_as_text_without_torch(tmp_path, tiny_model):
-    queries = write_split(tmp_path / "processed_data", 6)
-    lines = []
-    for query in queries:
-        conversation_id, turn = evaluation.key_of(query)
-        line = {"conversation_id": conversation_id, "turn": turn, "output": query["reference"]}
-        lines.append(line)
-    function = {"name": "tool_0", "arguments": json.dumps({"x": "0 " + "word " * 20})}
-    lines[0] |= {"output": None, "tool_calls": [{"function": function}]}
-    lines[0] |= {"finish_reason": "tool_calls"}
-    lines[1] |= {"output": "\ud800 no", "finish_reason": "stop", "score": 0.9, "model": "\ud800"}
-    lines[2] |= {"output": "<tool_call>", "finish_reason": "length"}
-    write_lines(tmp_path / "server.jsonl", reversed(lines))
+def test_predictions_of_a_server_are_scored_without_torch(tmp_path, tiny_model):
+    """Of two calls one is right, of a tool that the train split knows; so is one other turn."""
+    records = [prepare.convert_row(make_row(number)) for number in range(2)]
+    (tmp_path / "processed_data").mkdir()
+    write_rows(tmp_path / "processed_data/function_calling_train.jsonl", records[:1])
+    write_rows(tmp_path / "processed_data/function_calling_test.jsonl", records)
+    function = {"name": "get_weather_0", "arguments": '{"city": "Paris"}'}
+    right_call = {"output": None, "tool_calls": [{"function": function}]}
+    rows = [
+        {"conversation_id": "id-1", "turn": 1, "output": "<tool_call>", "finish_reason": "length"},
+        {"conversation_id": "id-1", "turn": 3, "output": "\ud800", "score": 0.9},
+        {"conversation_id": "id-0", "turn": 1, **right_call, "finish_reason": "tool_calls"},
+        {"conversation_id": "id-0", "turn": 3, "output": "It is 0 degrees in Paris."},
+    ]
+    write_rows(tmp_path / "server.jsonl", rows)
     arguments = "--model", str(tiny_model), "--predictions", "server.jsonl", "--show-failures", "3"
     printed = run_without_torch(*arguments, cwd=tmp_path)
     results = tmp_path / "evaluation_results" / tiny_model.name / "server"
     metrics = json.loads((results / "metrics.json").read_text())
-    assert metrics["scores"]["turn_right"]["value"] == 5 / 6
+    scores = {metric: (e["value"], e["n"]) for metric, e in metrics["scores"].items()}
+    assert 1 / 2 < scores["function_calling"][0] < 1 and scores["helpful_exchange"] == (1 / 2, 2)
+    assert (scores["turn_right"], scores["turn_right_seen_tools"]) == ((1 / 2, 2), (1, 1))
     assert metrics["failures"] == {"truncated": 1}
-    assert metrics["scores"]["function_calling"]["value"] > 5 / 6
-    assert metrics["scores"]["helpful_exchange"]["value"] == pytest.approx(5 / 6, abs=0.1)
-    assert metrics["scores"]["turn_right_seen_tools"]["n"] == 3
-    assert "truncated: conversation 1, turn 1" in printed and "OUTPUT\n<tool_call>" in printed
-    again = run_without_torch(*arguments, "--overwrite", cwd=tmp_path)
-    assert again == printed
-
-
-@pytest.mark.slow
-def test_4000_predictions_are_scored_again_in_seconds_to_the_last_digit(tmp_path):
-    queries = write_split(tmp_path / "processed_data", 2000)
-    generator = numpy.random.default_rng(1)
-    run = {"model": "gemma-3-1b-it", "commit": "abc"}
-    for label, quality in (("base", 0.2), ("tuned", 0.9)):
-        results = tmp_path / "evaluation_results" / "gemma-3-1b-it" / label
-        results.mkdir(parents=True)
-        lines = []
-        for query in queries:
-            is_right = generator.random() < quality
-            output = query["reference"] if is_right else "No. " * 128
-            conversation_id, turn = evaluation.key_of(query)
-            lines.append(predict(query["reference"], output, "end_of_turn", conversation_id, turn))
-        write_lines(results / "predictions.jsonl", lines)
-        (results / "run.json").write_text(json.dumps(run))
-        (results / "metrics.json").touch()
-    run_without_torch("--rescore", "--baseline", cwd=tmp_path)
-    before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
-    printed = run_without_torch("--rescore", cwd=tmp_path)
-    seconds = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before
-    before = (results / "metrics.json").read_bytes()
-    run_without_torch("--rescore", cwd=tmp_path)
-    assert (results / "metrics.json").read_bytes() == before
-    metrics = json.loads(before)
-    assert metrics["queries"] == 4000 and metrics["run"]["commit"] == "abc"
-    low, high = metrics["difference"]["turn_right"]["interval"]
-    assert 0.6 < low < 0.7 < high < 0.8
-    for words in ("difference", "0.28, 0.91, 0.973", "turn right unseen tools", "no call"):
-        assert words in printed
-    assert seconds < 10  # of a processor: 4,000 of tuned and of base, compared and drawn
+    assert "truncated: conversation id-1, turn 1" in printed and "OUTPUT\n<tool_call>" in printed
+    assert run_without_torch(*arguments, "--rescore", cwd=tmp_path) == printed

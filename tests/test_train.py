@@ -1,24 +1,18 @@
 """Step 2: what carries loss, what moves, what is written, and how runs end, resume and fail."""
 
+import itertools
 import json
 import os
 import shutil
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, assert_fails_in_one_line, run_here, run_script
-from peft import PeftModel, get_peft_model
+from conftest import ROOT, assert_fails_in_one_line, run_here
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    Gemma3ForCausalLM,
-    Gemma3TextConfig,
-    LlamaConfig,
-)
+from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma3ForCausalLM, Gemma3TextConfig
 from trl import SFTTrainer
 
 import function_calling_train as train
@@ -50,29 +44,6 @@ def build(tiny_model, splits, tmp_path):
     return build
 
 
-@pytest.fixture(scope="session")
-def flags(splits):
-    return ["--train-file", splits / "function_calling_train.jsonl", "--dtype", "float32",
-            "--learning-rate", "0.01", "--epochs", "2"]  # fmt: skip
-
-
-@pytest.fixture(scope="session")
-def finished(tiny_model, flags, tmp_path_factory):
-    """A whole run of 12 steps, with --merge: its folders, the base model, and its trainer."""
-    folder = tmp_path_factory.mktemp("finished")
-    base, caught = folder / "tiny-gemma", []
-    shutil.copytree(tiny_model, base)
-    (base / "tokenizer.model").write_bytes(b"pieces")  # llama.cpp reads it, transformers does not
-    with pytest.MonkeyPatch.context() as patch:
-        build = train.build_trainer
-        patch.setattr(train, "build_trainer", lambda *a: caught.append(build(*a)) or caught[0])
-        patch.chdir(folder)
-        train.main(["--model", str(base), "--merge", *map(str, flags)])
-    adapter = folder / "LoRA_tiny-gemma-function_calling"
-    merged = folder / f"{adapter.name}-merged"
-    return SimpleNamespace(base=base, adapter=adapter, merged=merged, trainer=caught[0])
-
-
 # ---- Loss
 
 
@@ -92,13 +63,9 @@ def test_one_bos_and_only_model_turns_carry_loss_with_their_end_of_turn(build):
         "<start_of_turn>user\n<tool_response>\n20\n</tool_response><end_of_turn>\n"
         f"<start_of_turn>model\n{answer}<end_of_turn>\n"
     )
-    assert ids.count(2) == 1 and 1 not in ids  # <bos>, and no <eos>
     assert all(label in (-100, token) for token, label in zip(ids, labels, strict=True))
     said = [label for label in labels if label != -100]
     assert tokenizer.decode(said) == f"{call}<end_of_turn>{answer}<end_of_turn>"
-
-
-def test_loss_on_all_is_loss_on_every_token(build):
     ids, labels = labels_of(build("--loss-on", "all")[0])
     assert ids == labels
 
@@ -112,25 +79,19 @@ def test_conversations_over_the_length_are_dropped_and_counted_never_cut(build):
     assert num_dropped == 5 and [len(ids) for ids in kept] == [length] * 10
 
 
-@pytest.mark.parametrize(
-    "num_rows, num_training, num_validation", [(24, 16, 5), (21, 16, 5), (3, 2, 1)]
-)
-def test_each_step_has_its_full_number_of_conversations(
-    build, num_rows, num_training, num_validation
-):
-    trainer, _ = build(conversations=[CONVERSATION] * num_rows)
-    assert len(trainer.train_dataset) == num_training
-    assert len(trainer.eval_dataset) == num_validation
+def test_each_step_has_its_full_number_of_conversations(build):
+    for num_rows, num_training, num_validation in ((24, 16, 5), (3, 2, 1)):
+        trainer, _ = build(conversations=[CONVERSATION] * num_rows)
+        assert len(trainer.train_dataset) == num_training
+        assert len(trainer.eval_dataset) == num_validation
 
 
 @pytest.mark.parametrize("num_labels", [None, 500])
 def test_loss_and_gradients_are_those_of_trl(build, num_labels):
     trainer, _ = build("--batch-size", "4", "--lora-dropout", "0")
-    assert type(trainer) is train.LabelledTrainer
     rows = [trainer.train_dataset[index] for index in range(4)]
     batch = trainer.data_collator(rows)
     assert len({len(row["input_ids"]) for row in rows}) > 1
-    assert len({tuple(row != -100) for row in batch["labels"]}) > 1
     results = []
     for kind in (train.LabelledTrainer, SFTTrainer):
         trainer.model.zero_grad()
@@ -143,30 +104,13 @@ def test_loss_and_gradients_are_those_of_trl(build, num_labels):
     torch.testing.assert_close(*results, atol=1e-5, rtol=1e-5)
 
 
-def losses_of(folder):
-    history = json.loads((folder / "training_run.json").read_text())["log_history"]
-    return [entry["loss"] for entry in history if "loss" in entry]
-
-
-def test_the_batch_size_changes_no_training_loss(tiny_model, flags, tmp_path):
-    for size in ("1", "4"):
-        options = ["--batch-size", size, "--lora-dropout", "0", "--max-steps", "5"]
-        options += ["--model", tiny_model, "--output-dir", size]
-        process = run_here(SCRIPT, *flags, *options, cwd=tmp_path)
-        assert process.returncode == 0, process.stderr
-    one, four = losses_of(tmp_path / "1"), losses_of(tmp_path / "4")
-    assert len(one) == 5 and one[-1] < one[0] and one == pytest.approx(four, abs=1e-4)
-
-
 # ---- What a run changes and writes
 
 
-def test_lora_weights_move_and_nothing_else(finished):
-    before = load_file(finished.base / "model.safetensors")
-    model = finished.trainer.model
-    after = {
-        name.replace(".base_layer", ""): w for name, w in model.base_model.model.named_parameters()
-    }
+def test_lora_weights_move_and_nothing_else(finished, tiny_model):
+    before = load_file(tiny_model / "model.safetensors")
+    after = dict(finished.trainer.model.base_model.model.named_parameters())
+    after = {name.replace(".base_layer", ""): weight for name, weight in after.items()}
     assert before.keys() == {name for name in after if "lora" not in name}
     assert all(torch.equal(after[name], weight) for name, weight in before.items())
     lora = [weight for name, weight in after.items() if "lora_B" in name]
@@ -174,31 +118,28 @@ def test_lora_weights_move_and_nothing_else(finished):
 
 
 def test_the_adapter_holds_lora_of_the_seven_projections_and_nothing_else(finished):
-    attention, mlp = "q_proj k_proj v_proj o_proj".split(), "gate_proj up_proj down_proj".split()
-    projections = [f"self_attn.{name}" for name in attention] + [f"mlp.{name}" for name in mlp]
+    projections = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split()
     weights = load_file(finished.adapter / WEIGHTS)
-    assert weights.keys() == {
-        f"base_model.model.model.layers.{layer}.{name}.lora_{part}.weight"
-        for layer in (0, 1) for name in projections for part in "AB"
-    }  # fmt: skip
+    parts = [name.split(".")[4:] for name in weights]  # such as 0, mlp, up_proj, lora_A, weight
+    held = [(layer, projection, lora) for layer, _, projection, lora, _ in parts]
+    assert sorted(held) == sorted(itertools.product("01", projections, ["lora_A", "lora_B"]))
     assert {weight.dtype for weight in weights.values()} == {torch.float32}
 
 
-@pytest.mark.parametrize(
-    "layers, hidden, intermediate, megabytes", [(18, 640, 2048, 16), (26, 1152, 6912, 53)]
-)
-def test_an_adapter_of_the_real_shapes_is_small(build, layers, hidden, intermediate, megabytes):
-    shape = {"hidden_size": hidden, "intermediate_size": intermediate, "head_dim": 256}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 1, "num_hidden_layers": layers}
-    lora = build()[0].model.peft_config["default"]
-    with torch.device("meta"):
-        model = Gemma3ForCausalLM(Gemma3TextConfig(vocab_size=262_144, **shape, **heads))
-        model = get_peft_model(model, lora)
-    num_weights = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
-    assert 0.9 * megabytes < 4 * num_weights / 1e6 < megabytes
+def test_an_adapter_of_the_real_shapes_is_small(finished):
+    for layers, hidden, mlp, megabytes in ((18, 640, 2048, 16), (26, 1152, 6912, 53)):
+        shape = {"hidden_size": hidden, "intermediate_size": mlp, "head_dim": 256}
+        heads = {"num_attention_heads": 4, "num_key_value_heads": 1, "num_hidden_layers": layers}
+        with torch.device("meta"):
+            model = Gemma3ForCausalLM(Gemma3TextConfig(vocab_size=262_144, **shape, **heads))
+            model = get_peft_model(model, LoraConfig.from_pretrained(finished.adapter))
+        lora = [weight for name, weight in model.named_parameters() if "lora" in name]
+        assert 0.9 * megabytes < 4 * sum(map(torch.numel, lora)) / 1e6 < megabytes
 
 
-def test_the_adapter_folder_is_all_that_is_needed_beside_the_base_and_no_pickle(finished):
+def test_the_adapter_folder_is_all_that_is_needed_beside_the_base_and_no_pickle(
+    finished, tiny_model
+):
     tokenizer_files = ["tokenizer.json", "tokenizer_config.json", "tokenizer.model"]
     names = {"README.md", "adapter_config.json", WEIGHTS, "chat_template.jinja", *tokenizer_files}
     names |= {"generation_config.json", "loss.png", "training_run.json"}
@@ -206,23 +147,23 @@ def test_the_adapter_folder_is_all_that_is_needed_beside_the_base_and_no_pickle(
     assert not finished.adapter.with_name(f"{finished.adapter.name}-checkpoints").exists()
     for name in ("tokenizer.json", "tokenizer.model"):  # byte for byte the base model's
         for folder in (finished.adapter, finished.merged):
-            assert (folder / name).read_bytes() == (finished.base / name).read_bytes()
+            assert (folder / name).read_bytes() == (tiny_model / name).read_bytes()
     config = json.loads((finished.adapter / "adapter_config.json").read_text())
-    assert (config["base_model_name_or_path"], config["revision"]) == (str(finished.base), None)
-    stops = json.loads((finished.adapter / "generation_config.json").read_text())["eos_token_id"]
-    assert stops == [1, 106]  # <eos> and <end_of_turn>
+    assert (config["base_model_name_or_path"], config["revision"]) == (str(tiny_model), None)
     run = json.loads((finished.adapter / "training_run.json").read_text())
     losses = {e["step"]: e["eval_loss"] for e in run["log_history"] if "eval_loss" in e}
     assert list(losses) == [3, 6, 9, 12]  # twice an epoch
     assert losses[run["best_step"]] == min(losses.values())
 
 
-def test_reload_and_merge_equal_the_trained_model_and_serve_its_template(finished):
+def test_reload_and_merge_equal_the_trained_model_and_serve_its_template(finished, tiny_model):
     serving = (finished.adapter / "chat_template.jinja").read_text()
     assert "<tool_call>" in serving and "{%- generation" not in serving
     for folder in (finished.adapter, finished.merged):
         assert AutoTokenizer.from_pretrained(folder).chat_template == serving
-    base = AutoModelForCausalLM.from_pretrained(finished.base, dtype=torch.float32)
+        stops = json.loads((folder / "generation_config.json").read_text())["eos_token_id"]
+        assert stops == [1, 21]  # <eos> and <end_of_turn>
+    base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
     ids = torch.tensor([finished.trainer.train_dataset[0]["input_ids"]])
     with torch.no_grad():
         untrained = base(ids).logits
@@ -231,13 +172,15 @@ def test_reload_and_merge_equal_the_trained_model_and_serve_its_template(finishe
         merged = AutoModelForCausalLM.from_pretrained(finished.merged, use_safetensors=True)
         assert torch.equal(loaded, trained) and not torch.allclose(loaded, untrained, atol=0.1)
         torch.testing.assert_close(merged.eval()(ids).logits, trained, atol=1e-4, rtol=0)
-    assert merged.dtype == torch.float32 and merged.generation_config.eos_token_id == [1, 106]
+    assert merged.dtype == torch.float32
 
 
-def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(finished, flags, tmp_path):
+def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(
+    finished, tiny_model, flags, tmp_path
+):
     weights = []
     for options in ([], ["--max-steps", "1"], ["--max-steps", "1", "--seed", "7"]):
-        options = ["--model", finished.base, "--output-dir", "run", "--overwrite", *options]
+        options = ["--model", tiny_model, "--output-dir", "run", "--overwrite", *options]
         assert run_here(SCRIPT, *flags, *options, cwd=tmp_path).returncode == 0
         weights.append((tmp_path / "run" / WEIGHTS).read_bytes())
     assert weights[0] == (finished.adapter / WEIGHTS).read_bytes() and weights[1] != weights[2]
@@ -260,13 +203,12 @@ train.main()
 
 @pytest.mark.slow
 def test_killed_and_resumed_the_adapter_is_bit_for_bit_the_undisturbed_one(
-    finished, flags, tmp_path
+    finished, tiny_model, flags, tmp_path
 ):
-    command = [*flags, "--model", finished.base, "--output-dir", "run"]
-    process = subprocess.run(
-        [sys.executable, "-c", KILLED, *map(str, command)],
-        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True,
-    )  # fmt: skip
+    command = [*flags, "--model", str(tiny_model), "--output-dir", "run"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    killed = [sys.executable, "-c", KILLED, *command]
+    process = subprocess.run(killed, cwd=tmp_path, env=environment, capture_output=True)
     checkpoints = tmp_path / "run-checkpoints"
     assert process.returncode == -9 and not list((tmp_path / "run").iterdir())
     # As a kill while a checkpoint is written leaves it: all but trainer_state.json.
@@ -277,20 +219,11 @@ def test_killed_and_resumed_the_adapter_is_bit_for_bit_the_undisturbed_one(
     other = ["--seed", "3", "--lora-rank", "4"]
     refused = run_here(SCRIPT, *command, "--resume", *other, cwd=tmp_path)
     assert_fails_in_one_line(refused, "seed was 42, is 3", "lora_rank was 16, is 4")
-    assert (checkpoints / "checkpoint-6").is_dir() and not list((tmp_path / "run").iterdir())
 
     process = run_here(SCRIPT, *command, "--resume", cwd=tmp_path)
     assert process.returncode == 0 and "checkpoint-6\n" in process.stdout, process.stderr
     assert (tmp_path / "run" / WEIGHTS).read_bytes() == (finished.adapter / WEIGHTS).read_bytes()
     assert not checkpoints.exists()
-
-
-def test_the_newest_whole_checkpoint_is_the_one_of_most_steps(tmp_path):
-    for step in (9, 100, 20):
-        (tmp_path / f"checkpoint-{step}").mkdir()
-        (tmp_path / f"checkpoint-{step}/trainer_state.json").write_text("{}")
-    assert train.find_last_checkpoint(tmp_path).name == "checkpoint-100"
-    assert train.find_last_checkpoint(tmp_path / "absent") is None
 
 
 def test_a_finished_run_is_not_replaced_unasked_and_resume_only_merges(tiny_model, flags, tmp_path):
@@ -304,15 +237,12 @@ def test_a_finished_run_is_not_replaced_unasked_and_resume_only_merges(tiny_mode
     assert process.returncode == 0 and "Trained" not in process.stdout, process.stderr
     assert (tmp_path / "run-merged/model.safetensors").is_file()
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").iterdir()} == before
-    other = [*command, "--overwrite", "--seed", "3"]
-    assert run_here(SCRIPT, *other, cwd=tmp_path).returncode == 0
-    assert json.loads((tmp_path / "run/training_run.json").read_text())["seed"] == 3
 
 
 def test_a_loss_that_is_no_number_stops_with_step_and_last_good_checkpoint(
     tiny_model, flags, tmp_path, monkeypatch
 ):
-    command = [*map(str, flags), "--model", str(tiny_model), "--output-dir"]
+    command = [*flags, "--model", str(tiny_model), "--output-dir"]
     diverged = run_here(SCRIPT, *command, "run", "--learning-rate", "1e12", cwd=tmp_path)
     assert_fails_in_one_line(diverged, " at step ", "none")  # there is no good checkpoint yet
     compute_loss = train.LabelledTrainer.compute_loss
@@ -332,37 +262,44 @@ MEMORY = [
 ]
 
 
-@pytest.mark.parametrize("error", [*MEMORY, RuntimeError("shapes do not match")])
 def test_out_of_memory_is_one_line_that_names_flags_and_other_errors_are_not_swallowed(
-    tiny_model, flags, tmp_path, monkeypatch, error
+    tiny_model, flags, tmp_path, monkeypatch
 ):
-    def run_out(*args, **options):
-        raise error
-
     command = [*flags, "--model", tiny_model, "--max-steps", "1"]
-    monkeypatch.setattr(SFTTrainer, "train", run_out)
-    if error not in MEMORY:
-        with pytest.raises(RuntimeError, match="shapes do not match"):
-            run_here(SCRIPT, *command, cwd=tmp_path)
-        return
     advice = ["--resume", "--batch-size 1", "--activation-checkpointing"]
-    assert_fails_in_one_line(run_here(SCRIPT, *command, cwd=tmp_path), *advice)
-    monkeypatch.undo()  # what the line advises works
-    command += " ".join(advice).split()
+
+    def fail(*args, **options):
+        raise errors.pop()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SFTTrainer, "train", fail)
+        errors = [RuntimeError("shapes do not match"), *MEMORY]
+        for _ in MEMORY:
+            process = run_here(SCRIPT, *command, "--overwrite", cwd=tmp_path)
+            assert_fails_in_one_line(process, *advice)
+        with pytest.raises(RuntimeError, match="shapes do not match"):
+            run_here(SCRIPT, *command, "--overwrite", cwd=tmp_path)
+    command += " ".join(advice).split()  # what the line advises works
     assert run_here(SCRIPT, *command, cwd=tmp_path).returncode == 0
+
+
+def losses_of(folder):
+    history = json.loads((folder / "training_run.json").read_text())["log_history"]
+    return [entry["loss"] for entry in history if "loss" in entry]
 
 
 @pytest.mark.slow
 def test_two_processes_give_the_losses_of_one(tiny_model, flags, tmp_path):
-    command = [*map(str, flags), "--model", str(tiny_model), "--lora-dropout", "0", "--output-dir"]
+    command = [*flags, "--model", str(tiny_model), "--lora-dropout", "0", "--output-dir"]
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    two = subprocess.run([*launch, ROOT / SCRIPT, *command, "two"], cwd=tmp_path,
-                         capture_output=True, text=True)  # fmt: skip
+    launch += [ROOT / SCRIPT, *command, "two"]
+    two = subprocess.run(launch, cwd=tmp_path, capture_output=True, text=True)
     assert two.returncode == 0 and two.stdout.count("Trained ") == 1, two.stderr
-    one = run_script(SCRIPT, *command, "one", cwd=tmp_path)
+    one = run_here(SCRIPT, *command, "one", cwd=tmp_path)
     assert one.returncode == 0, one.stderr
-    assert len(losses_of(tmp_path / "one")) == 12
-    assert losses_of(tmp_path / "two") == pytest.approx(losses_of(tmp_path / "one"), abs=1e-4)
+    losses = losses_of(tmp_path / "one")
+    assert len(losses) == 12 and losses[-1] < losses[0]
+    assert losses_of(tmp_path / "two") == pytest.approx(losses, abs=1e-4)
 
 
 # ---- Mistakes
@@ -379,52 +316,33 @@ def test_mistakes_end_in_one_line_and_the_corrected_command_just_works(
         assert_fails_in_one_line(process, *words)
         assert not [path for path in tmp_path.iterdir() if path.name.startswith("run")]
 
+    assert run_here(SCRIPT, "--epochs", "0", cwd=tmp_path).returncode == 2  # after the usage
     assert_refused("run prepare_function_calling_dataset.py first")  # the scripts in wrong order
     shutil.copytree(splits, split.parent)
     lines = split.read_text()
-    for line in ('{"messages": [', "[]", "{}"):
+    for line in ('{"messages": [', "{}"):
         split.write_text(f"{lines}{line}\n")
         assert_refused("function_calling_train.jsonl, line 33")
     split.write_text(lines)
-    assert_refused("on the local disk")  # the model is neither here nor in the hub's cache
+    assert_refused("tiny-gemma")  # the model is neither here nor in the hub's cache
     shutil.copytree(tiny_model, tmp_path / "tiny-gemma")
     assert_refused("--batch-size", flags=["--batch-size", "3"])
     assert_refused("--load-in-4bit needs a CUDA GPU", flags=["--load-in-4bit"])
-    weights = tmp_path / "tiny-gemma/model.safetensors"
-    whole = weights.read_bytes()
+    assert_refused("0 of 32 conversations", flags=["--max-length", "5"])
+    assert_refused("pip install wandb", flags=["--report-to", "wandb"])
+    weights, config = tmp_path / "tiny-gemma/model.safetensors", tmp_path / "tiny-gemma/config.json"
+    whole, gemma = weights.read_bytes(), config.read_text()
     weights.write_bytes(whole[:1000])
     assert_refused("")
     weights.unlink()
     torch.save({}, tmp_path / "tiny-gemma/pytorch_model.bin")  # a pickle is never read
     assert_refused("tiny-gemma cannot be loaded", "safetensors")
     weights.write_bytes(whole)
-    config = tmp_path / "tiny-gemma/config.json"
-    gemma = config.read_text()
-    names = "vocab hidden intermediate".split()
-    shape = {f"{name}_size": json.loads(gemma)[f"{name}_size"] for name in names}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 2}
-    LlamaConfig(**shape, **heads, head_dim=16).save_pretrained(config.parent)
+    (tmp_path / "tiny-gemma/code.py").write_text("raise SystemError")  # nor is a model's own code
+    llama = {"model_type": "llama", "rope_parameters": None}
+    llama["auto_map"] = {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}
+    config.write_text(json.dumps(json.loads(gemma) | llama))
     assert_refused("llama", "not a Gemma 3 text model")
     config.write_text(gemma)
     process = run_here(SCRIPT, *command, cwd=tmp_path)
     assert process.returncode == 0, process.stderr
-
-
-@pytest.mark.parametrize(
-    "mistake, words",
-    [
-        (["--max-length", "5"], "0 of 32 conversations"),  # too few
-        (["--report-to", "wandb"], "pip install wandb"),
-        (["--model", "nobody/nothing"], "nobody/nothing"),  # nor in the hub's cache
-    ],
-)
-def test_mistakes_in_flags_end_in_one_line(tiny_model, flags, tmp_path, mistake, words):
-    process = run_here(SCRIPT, "--model", tiny_model, *flags, *mistake, cwd=tmp_path)
-    assert_fails_in_one_line(process, words)
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("flag", ["--epochs", "--learning-rate", "--batch-size", "--max-steps"])
-def test_wrong_usage_is_answered_before_anything_is_loaded(flag, tmp_path):
-    process = run_script(SCRIPT, flag, "0", cwd=tmp_path, timeout=5)
-    assert process.returncode == 2 and f"{flag} must be greater than 0" in process.stderr
