@@ -2,7 +2,7 @@
 
     python evaluation.py --baseline                         # gemma-3-1b-it as it is
     python evaluation.py                                    # with the adapter of step 2
-    python evaluation.py --server http://127.0.0.1:8000/v1  # asked of vLLM or a server like it
+    python evaluation.py --server http://127.0.0.1:8000/v1 --server-model fc  # of vLLM or the like
 
 Every model turn of a test conversation is one query: the turns before it are the prompt, the turn
 itself is the reference. Writes predictions.jsonl (a query a line), run.json (what they come from),
@@ -78,8 +78,8 @@ def parse_args(argv=None):
     mode.add_argument("--resume", action="store_true", help="go on with an unfinished evaluation")
     mode.add_argument("--overwrite", action="store_true", help="replace an earlier evaluation")
     args = parser.parse_args(argv)
-    if args.server and (args.predictions or not args.server_model):
-        parser.error("--server needs a --server-model, and no --predictions")
+    if bool(args.server) != bool(args.server_model) or (args.server and args.predictions):
+        parser.error("--server and --server-model go together, and without --predictions")
     for flag in ("limit", "batch_size", "max_new_tokens", "concurrency"):
         if getattr(args, flag) is not None and getattr(args, flag) < 1:
             parser.error(f"--{flag.replace('_', '-')} must be at least 1")
@@ -208,7 +208,7 @@ def generate_batch(model, tokenizer, prompts, stop_ids, max_new_tokens):
 def ask_model(queries, model, tokenizer, args):
     """Yield (query, text, finish reason) for all queries, longest prompt first."""
     stop_ids = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<end_of_turn>")]
-    tokens_at_once = 65_536 if model.device.type == "cuda" else 16_384  # some 7 GB at 1B in bf16
+    tokens_at_once = 65_536 if model.device.type == "cuda" else 16_384  # CUDA: 7 GB at 1B in bf16
     chats = [query["prompt"] for query in queries]
     with reading("the chat template"):
         prompts = tokenizer.apply_chat_template(chats, add_generation_prompt=True)["input_ids"]
@@ -229,7 +229,7 @@ def read_answer(answer):
     parts = [text.strip()] if text else []
     for tool_call in answer.get("tool_calls") or []:
         name, arguments = tool_call["function"]["name"], tool_call["function"].get("arguments")
-        with contextlib.suppress(ValueError, TypeError):  # what is no JSON stays as it is
+        with contextlib.suppress(ValueError, TypeError, RecursionError):  # what is no JSON stays
             arguments = json.loads(arguments)
         call = json.dumps({"name": name, "arguments": arguments}, ensure_ascii=False)
         parts.append(f"<tool_call>\n{call}\n</tool_call>")
@@ -247,8 +247,8 @@ async def ask_query(client, semaphore, query, options):
                 answer = {**choice.message, "finish_reason": choice.finish_reason}
                 return query, *read_answer(answer), None
             except Exception as error:
-                status = getattr(getattr(error, "response", None), "status_code", 500)
-                if wait is None or (status < 500 and status != 429):  # a refusal stays one
+                code = getattr(getattr(error, "response", None), "status_code", 500)
+                if wait is None or isinstance(error, httpx2.ConnectError) or 429 != code < 500:
                     return query, "", "failed", repr(error)
             await asyncio.sleep(wait * random.uniform(0.5, 1.5))  # not all of them at once
 
@@ -293,7 +293,7 @@ def write_answer(file, scorer, query, output, finish_reason, error=None):
 
 
 def begin_results(args, results_dir, run):
-    """Write run.json, and return the keys of what is answered in an evaluation to go on with."""
+    """Write run.json, unless an evaluation is in the way; return the keys of what is answered."""
     path, answered = results_dir / "predictions.jsonl", []
     if path.exists() and args.resume:
         earlier = json.loads((results_dir / "run.json").read_text())
@@ -336,10 +336,10 @@ def evaluate(args, results_dir, queries):
         run["dtype"] = str(dtype).removeprefix("torch.")
         if adapter_dir:
             run["adapter_sha256"] = sha256(adapter_dir / "adapter_model.safetensors")
-    given, query_of = {}, {key_of(query): query for query in queries}
+    given = {}
     for place, row in read_jsonl(args.predictions) if args.predictions else ():
         with reading(place):
-            given[key_of(row)] = (query_of[key_of(row)], *read_answer(row))
+            given[key_of(row)] = read_answer(row)
     done = begin_results(args, results_dir, run)
     left = [query for query in queries if key_of(query) not in done]
     if not left:
@@ -355,7 +355,7 @@ def evaluate(args, results_dir, queries):
             model = load_model(model_dir, adapter_dir, device, dtype)
         answers = ask_model(left, model, tokenizer, args)
     elif args.predictions:
-        answers = [given[key_of(query)] for query in left if key_of(query) in given]
+        answers = [(q, *given[key_of(q)]) for q in left if key_of(q) in given]
     with open(results_dir / "predictions.jsonl", "a", encoding="utf-8") as file:
         if args.server:
             asyncio.run(ask_server(left, args, file, scorer))
@@ -458,7 +458,7 @@ def find_problems(call, tools):
 
 
 def judge_turn(prediction, tools, seen_tools=None):
-    """Judge a prediction: {"failure", "problems", "counts": {metric: (numerator, denominator)}}."""
+    """Judge a prediction: its failure and problems, and {metric: (numerator, denominator)}."""
     wanted, calls = parse_calls(prediction["reference"]), parse_calls(prediction["output"])
     is_malformed, calls, reason = calls is None, calls or [], prediction["finish_reason"]
     problems = [find_problems(call, tools) for call in calls]
@@ -605,15 +605,16 @@ def report_results(args, results_dir, queries):
     metrics = summarize(list(turns.values()))
     metrics["run"] = json.loads((results_dir / "run.json").read_text())
     name, columns, difference = metrics["run"]["model"], {label: metrics["scores"]}, {}
-    if label != "base" and (base_dir / "metrics.json").is_file():  # a finished one
+    if label != "base" and (base_dir / "metrics.json").is_file():
         base = judge_predictions(base_dir / "predictions.jsonl", queries, seen_tools)
     if both := [key for key in turns if key in base]:
-        columns = {"base": estimate(list(base.values())), **columns}
-        pairs = [turns[key] for key in both], [base[key] for key in both]
-        difference = {"difference": estimate(*pairs)}
+        ours, theirs = [turns[key] for key in both], [base[key] for key in both]
+        columns = {"base": estimate(theirs), label: estimate(ours)}
+        difference = {"difference": estimate(ours, theirs)}
     plot_scores(columns, name, results_dir.with_name("comparison.png"))
     (results_dir / "metrics.json").write_text(json.dumps(metrics | difference, indent=2))
-    print(f"Written to  {results_dir}/\n\n{format_scores(columns | difference, name)}")
+    print(f"Written to  {results_dir}/, {len(turns):,} of {len(queries):,} queries\n")
+    print(format_scores(columns | difference, name))
     for key in ("failures", "problems", "left_out"):
         found = ", ".join(f"{n:,} {words}" for words, n in metrics[key].items() if n)
         print(f"{key}: {found or 'none'}".replace("_", " "))
@@ -630,10 +631,9 @@ def main(argv=None):
     args = parse_args(argv)
     warnings.simplefilter("ignore")  # of libraries, and of odd escapes in what a model wrote
     name, label = model_name(args.model), "base" if args.baseline else "tuned"
-    if args.predictions:
-        label = args.predictions.stem
-    elif args.adapter and model_name(args.adapter) != f"LoRA_{name}-function_calling":
-        label = model_name(args.adapter)
+    source = args.predictions or args.server_model or args.adapter
+    if source and not args.baseline and model_name(source) != f"LoRA_{name}-function_calling":
+        label = model_name(source).removesuffix(".jsonl")
     results_dir, queries = args.output_dir / name / label, read_queries(args.test_file, args.limit)
     if not args.rescore:
         evaluate(args, results_dir, queries)

@@ -147,7 +147,7 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if args.resume and args.overwrite:
         parser.error("--resume goes on with a run, --overwrite replaces it: give one of them")
-    for name in ("epochs", "learning_rate", "lora_rank", "batch_size", "max_steps"):
+    for name in ("epochs", "conversations_per_step", "learning_rate", "lora_rank", "batch_size"):
         if getattr(args, name) is not None and getattr(args, name) <= 0:
             parser.error(f"--{name.replace('_', '-')} must be greater than 0")
     args.model_name = Path(args.model).expanduser().resolve().name
@@ -166,7 +166,7 @@ import datasets
 import torch
 import transformers
 from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.errors import HFValidationError, HTTPError
+from huggingface_hub.errors import HTTPError
 from matplotlib.figure import Figure
 from peft import LoraConfig, PeftModel
 from safetensors import SafetensorError
@@ -185,7 +185,7 @@ def read_split(path):
     """Return the messages of each conversation, and the wording in dataset_info.json."""
     conversations, place = [], path.with_name("dataset_info.json")
     try:
-        wording = json.loads(place.read_text("utf-8"))["prompt"]
+        wording, place = json.loads(place.read_text("utf-8"))["prompt"], path
         with open(path, encoding="utf-8") as file:
             for number, line in enumerate(file, start=1):
                 place = f"{path}, line {number}"
@@ -229,8 +229,8 @@ def load_model(folder, dtype, in_4bit=False):
         model = transformers.AutoModelForCausalLM.from_pretrained(folder, **options)
     except (OSError, ValueError, ImportError, RuntimeError) as error:
         fail(f"{folder} cannot be loaded: ", error)
-    if model.config.model_type != "gemma3_text":
-        fail(f"{folder} holds a {model.config.model_type} model, not a Gemma 3 text model")
+    if model.config.model_type != "gemma3_text" or (folder / "adapter_config.json").is_file():
+        fail(f"{folder} holds no whole Gemma 3 text model (of an adapter, --merge makes one)")
     return model, tokenizer
 
 
@@ -250,7 +250,7 @@ def build_datasets(conversations, tokenizer, template, args):
     dataset = dataset.map(encode, remove_columns="messages")
     short = dataset.filter(lambda row: len(row["input_ids"]) <= args.max_length)
     if len(short) < 2 or not 0 < args.validation_size < 1:
-        fail(f"{len(short)} of {len(dataset)} conversations fit --max-length and --validation-size")
+        fail(f"{len(short)} conversations fit --max-length; --validation-size is between 0 and 1")
     split = short.train_test_split(test_size=args.validation_size, seed=args.seed)
     num_over = len(split["train"]) % args.conversations_per_step  # steps are whole
     training = split["train"].select(range(len(split["train"]) - num_over or num_over))
@@ -288,9 +288,8 @@ class StopOnNaN(transformers.TrainerCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):
         for name in ("loss", "grad_norm", "eval_loss"):
             if not math.isfinite(logs.get(name, 0.0)):
-                good = find_last_checkpoint(Path(args.output_dir)) or "none"
                 at = f"{name} is {logs[name]} at step {state.global_step}"
-                fail(f"{at}; the last good checkpoint is {good}; try a lower --learning-rate")
+                fail(f"{at}: start anew with a lower --learning-rate")
 
 
 def build_trainer(model, tokenizer, training, validation, args, checkpoint_dir, device):
@@ -304,6 +303,7 @@ def build_trainer(model, tokenizer, training, validation, args, checkpoint_dir, 
     if checkpointing is None and device == "cuda":
         checkpointing = torch.cuda.get_device_properties(0).total_memory < 40e9
     interval = 1 / max(2, round(2 * args.epochs))  # a share of all steps
+    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", f"{args.output_dir}-runs")
     # fmt: off
     config = SFTConfig(
         # Recipe: nothing is cut to a length, and the warm-up is a share of all steps
@@ -458,12 +458,12 @@ def main(argv=None):
             for old in checkpoint_dir.glob("checkpoint-*"):
                 shutil.rmtree(old)
             begun.write_text(json.dumps(run, indent=2), encoding="utf-8")
-        start = checkpoint or "step 0"
-        print(f"Model       {args.model}, {run['dtype']} on {device}, from {start}")
+        print(f"Model       {args.model}, {run['dtype']} on {device}, {checkpoint or 'step 0'}")
         print(f"Data        {len(training)} + {len(validation)} to validate, {left_out} left out")
     trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
     if is_main:
         write_results(trainer, tokenizer, model_dir, serving_template, args, run)
+        begun.unlink()  # before what it describes: a kill in between leaves a finished run
         shutil.rmtree(checkpoint_dir)
         finish(args, model_dir)
 
@@ -471,10 +471,10 @@ def main(argv=None):
 if __name__ == "__main__":
     try:
         main()
-    except (OSError, HTTPError, HFValidationError, SafetensorError) as error:
+    except (OSError, ValueError, HTTPError, SafetensorError) as error:
         fail("", error)
     except RuntimeError as error:
         # Memory, the disk or a tracker's package is missing; all else is a bug.
         if not re.search("of memory|allocate|ALLOC_FAILED|inline_container|installed", str(error)):
             raise
-        fail("--resume goes on; --batch-size 1 --activation-checkpointing saves memory: ", error)
+        fail("", f"{error}; for less memory: --resume --batch-size 1 --activation-checkpointing")

@@ -90,7 +90,7 @@ def load_rows(args):
         try:
             rows += [json.loads(line)] if line.strip() else []
         except json.JSONDecodeError:
-            raise ValueError(f"line {number} is no JSON, which all but .parquet hold") from None
+            raise ValueError(f"line {number} is no JSON, which .json and .jsonl hold") from None
     return rows, revision
 
 
@@ -270,7 +270,7 @@ def main(argv=None):
         rows, source["resolved_revision"] = load_rows(args)
     except (Exception, KeyboardInterrupt) as error:  # gzip, pyarrow, the hub raise many kinds
         reason = " ".join(f"{error} {error.__cause__ or ''}".split())
-        sys.exit(f"error: {args.dataset}: {reason or 'interrupted, nothing is written'}")
+        sys.exit(f"error: {args.dataset}: {reason or type(error).__name__}")
     records, met = convert_rows(rows, prompt["before_request"])
     kept = [record for record in records if record]
     info = {"source": source, "seed": args.seed, "prompt": prompt}

@@ -250,7 +250,6 @@ def test_mistakes_end_in_one_line(tiny_model, splits, finished, tmp_path):
         (tmp_path / "no model", ["--baseline"], ["no model", "tokenizer.json"]),
         ("google/not-in-the-cache", ["--baseline"], ["google/not-in-the-cache"]),
         (tiny_model, ["--adapter", tmp_path / "no model"], ["training_run.json"]),
-        (tiny_model, ["--predictions", "p.jsonl"], ["p.jsonl, line 1"]),
         (tiny_model, ["--predictions", "q.jsonl"], ["q.jsonl"]),
         (tiny_model, ["--rescore"], ["tuned/predictions.jsonl"]),
     ]:
@@ -263,3 +262,7 @@ def test_mistakes_end_in_one_line(tiny_model, splits, finished, tmp_path):
     ):
         assert run_here(SCRIPT, *flags, cwd=tmp_path).returncode == 2
     assert not (tmp_path / "evaluation_results").exists()
+    process = run_here(
+        SCRIPT, "--model", tiny_model, *test_file, "--predictions", "p.jsonl", cwd=tmp_path
+    )
+    assert_fails_in_one_line(process, "answers nothing of")

@@ -44,7 +44,7 @@ def ask(tmp_path, tiny_model, monkeypatch):
         ]
         with pytest.raises(SystemExit, match=error) if error else contextlib.nullcontext():
             evaluation.main([*common, "--server", f"{url}/v1", "--server-model", "fc", *flags])
-        label = "base" if "--baseline" in flags else "tuned"
+        label = "base" if "--baseline" in flags else "fc"
         folder = tmp_path / "results" / tiny_model.name / label
         lines = (folder / "predictions.jsonl").read_text().splitlines()
         return list(map(json.loads, lines)), json.loads((folder / "metrics.json").read_text())
