@@ -563,7 +563,7 @@ def read_seen_tools(test_file):
 
 def format_scores(columns, model):
     """A table of scores; `columns` maps titles to what estimate returns."""
-    rows, published = [["", "n", *columns, "published"]], PUBLISHED.get(model, [])
+    rows, published = [["", "n", *columns, "published: base, tuned"]], PUBLISHED.get(model, [])
     for metric, figures in itertools.zip_longest(METRICS, published, fillvalue=""):
         row = [metric.replace("_", " "), ""]  # n is that of the last column
         for title, scores in columns.items():
