@@ -249,8 +249,8 @@ def build_datasets(conversations, tokenizer, template, args):
     dataset = datasets.Dataset.from_dict({"messages": conversations})
     dataset = dataset.map(encode, remove_columns="messages")
     short = dataset.filter(lambda row: len(row["input_ids"]) <= args.max_length)
-    if len(short) < 2 or not 0 < args.validation_size < 1:
-        fail(f"{len(short)} conversations fit --max-length; --validation-size is between 0 and 1")
+    if len(short) < 2:
+        fail(f"{len(short)} of {len(dataset)} conversations fit --max-length, of at least 2")
     split = short.train_test_split(test_size=args.validation_size, seed=args.seed)
     num_over = len(split["train"]) % args.conversations_per_step  # steps are whole
     training = split["train"].select(range(len(split["train"]) - num_over or num_over))
