@@ -230,7 +230,7 @@ def load_model(folder, dtype, in_4bit=False):
     except (OSError, ValueError, ImportError, RuntimeError) as error:
         fail(f"{folder} cannot be loaded: ", error)
     if model.config.model_type != "gemma3_text" or (folder / "adapter_config.json").is_file():
-        fail(f"{folder} holds no whole Gemma 3 text model (of an adapter, --merge makes one)")
+        fail(f"{folder} is {model.config.model_type} or an adapter, no whole Gemma 3 text model")
     return model, tokenizer
 
 
