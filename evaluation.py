@@ -208,7 +208,7 @@ def generate_batch(model, tokenizer, prompts, stop_ids, max_new_tokens):
 def ask_model(queries, model, tokenizer, args):
     """Yield (query, text, finish reason) for all queries, longest prompt first."""
     stop_ids = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<end_of_turn>")]
-    tokens_at_once = 65_536 if model.device.type == "cuda" else 16_384  # CUDA: 7 GB at 1B in bf16
+    tokens_at_once = 65_536 if model.device.type == "cuda" else 16_384  # too many are halved
     chats = [query["prompt"] for query in queries]
     with reading("the chat template"):
         prompts = tokenizer.apply_chat_template(chats, add_generation_prompt=True)["input_ids"]
