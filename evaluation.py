@@ -247,8 +247,9 @@ async def ask_query(client, semaphore, query, options):
                 answer = {**choice.message, "finish_reason": choice.finish_reason}
                 return query, *read_answer(answer), None
             except Exception as error:
-                code = getattr(getattr(error, "response", None), "status_code", 500)
-                if wait is None or isinstance(error, httpx2.ConnectError) or 429 != code < 500:
+                code = getattr(getattr(error, "response", None), "status_code", 0)
+                is_lost = isinstance(error, httpx2.ReadError | httpx2.ProtocolError)
+                if wait is None or not (is_lost or code == 429 or code >= 500):
                     return query, "", "failed", repr(error)
             await asyncio.sleep(wait * random.uniform(0.5, 1.5))  # not all of them at once
 
@@ -327,6 +328,8 @@ def evaluate(args, results_dir, queries):
             if model_name(training_run["model"]) != name:
                 raise ValueError(f"it was trained on --model {training_run['model']}")
     model_dir, commit = find_folder(args.model, revision, with_weights=is_local)
+    if (model_dir / "adapter_config.json").is_file():
+        sys.exit(f"error: {model_dir} is an adapter: give it as --adapter, its base as --model")
     with reading(model_dir / "tokenizer.json"):
         scorer = Tokenizer.from_buffer((model_dir / "tokenizer.json").read_bytes())
     run = {"model": name, "commit": commit, "served_model": args.server_model}
@@ -342,11 +345,9 @@ def evaluate(args, results_dir, queries):
             given[key_of(row)] = read_answer(row)
     done = begin_results(args, results_dir, run)
     left = [query for query in queries if key_of(query) not in done]
-    if not left:
-        return
     if args.baseline:
         left = [{**q, "prompt": write_for_base(q["prompt"], scorer)} for q in left]
-    if is_local:
+    if is_local and left:
         import transformers
 
         transformers.logging.disable_progress_bar()
@@ -354,7 +355,7 @@ def evaluate(args, results_dir, queries):
             tokenizer = transformers.AutoTokenizer.from_pretrained(adapter_dir or model_dir)
             model = load_model(model_dir, adapter_dir, device, dtype)
         answers = ask_model(left, model, tokenizer, args)
-    elif args.predictions:
+    else:
         answers = [(q, *given[key_of(q)]) for q in left if key_of(q) in given]
     with open(results_dir / "predictions.jsonl", "a", encoding="utf-8") as file:
         if args.server:
@@ -475,10 +476,9 @@ def judge_turn(prediction, tools, seen_tools=None):
     calls = sorted((call["name"], call["text"]) for call in calls)
     is_right = wanted == calls and not is_malformed
     names_right = [name for name, _ in wanted] == [name for name, _ in calls]
-    arguments_right = sorted(text for _, text in wanted) == sorted(text for _, text in calls)
     if needed:
         counts["name_right"] = (names_right, 1)
-        counts["arguments_right"] = (arguments_right, 1)
+        counts["arguments_right"] = (sorted(t for _, t in wanted) == sorted(t for _, t in calls), 1)
         counts["turn_right"] = (is_right, 1)
     if needed and seen_tools is not None:
         group = "seen" if {name for name, _ in wanted} <= seen_tools else "unseen"
@@ -601,7 +601,7 @@ def report_results(args, results_dir, queries):
     seen_tools = read_seen_tools(args.test_file)
     turns = judge_predictions(results_dir / "predictions.jsonl", queries, seen_tools)
     if not turns:
-        sys.exit(f"error: {results_dir} answers nothing of {args.test_file}: --overwrite it")
+        sys.exit(f"error: {results_dir} answers no query of {args.test_file}: --overwrite it")
     metrics = summarize(list(turns.values()))
     metrics["run"] = json.loads((results_dir / "run.json").read_text())
     name, columns, difference = metrics["run"]["model"], {label: metrics["scores"]}, {}

@@ -147,9 +147,9 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if args.resume and args.overwrite:
         parser.error("--resume goes on with a run, --overwrite replaces it: give one of them")
-    for name in ("epochs", "conversations_per_step", "learning_rate", "lora_rank", "batch_size"):
-        if getattr(args, name) is not None and getattr(args, name) <= 0:
-            parser.error(f"--{name.replace('_', '-')} must be greater than 0")
+    for key in [*RECIPE[:4], "batch_size", "max_steps"]:
+        if getattr(args, key) is not None and getattr(args, key) <= 0:
+            parser.error(f"--{key.replace('_', '-')} must be greater than 0")
     args.model_name = Path(args.model).expanduser().resolve().name
     args.output_dir = args.output_dir or Path(f"LoRA_{args.model_name}-function_calling")
     return args
@@ -477,4 +477,4 @@ if __name__ == "__main__":
         # Memory, the disk or a tracker's package is missing; all else is a bug.
         if not re.search("of memory|allocate|ALLOC_FAILED|inline_container|installed", str(error)):
             raise
-        fail("", f"{error}; for less memory: --resume --batch-size 1 --activation-checkpointing")
+        fail("", f"{error}; if memory ran out: --resume --batch-size 1 --activation-checkpointing")

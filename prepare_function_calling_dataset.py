@@ -3,10 +3,9 @@
     python prepare_function_calling_dataset.py                            # the published dataset
     python prepare_function_calling_dataset.py --dataset my_rows.jsonl    # your own rows
 
-A row holds its turns in "conversations" (from, value) or in OpenAI's "messages" (role, content,
-tool_calls), and its tools in "tools". It becomes a line of a split: {"id", "messages", "tools"}.
-System text and tools go into the first user turn, calls and results into <tool_call> and
-<tool_response> blocks. dataset_info.json holds the source, counts and the wording of the prompt.
+A row's turns stand in "conversations" (from, value) or OpenAI's "messages", its tools in "tools".
+It becomes a line {"id", "messages", "tools"}: system text and tools go into the first user turn,
+calls and results into tagged blocks. dataset_info.json holds counts and the prompt's wording.
 """
 
 import argparse
@@ -17,6 +16,7 @@ import hashlib
 import json
 import logging
 import re
+import signal
 import sys
 from pathlib import Path
 
@@ -63,8 +63,7 @@ def parse_args(argv=None):
     add("--seed", type=int, default=42, help="seed of the split (default: 42)")
     add("--no-think-instruction", action="store_true", help="ask for no thought before a call")
     args = parser.parse_args(argv)
-    if args.config is None and args.dataset == DEFAULT_DATASET:
-        args.config = DEFAULT_CONFIG
+    args.config = args.config or {DEFAULT_DATASET: DEFAULT_CONFIG}.get(args.dataset)
     return args
 
 
@@ -268,7 +267,7 @@ def main(argv=None):
     prompt["before_request"] = "\n\n" if args.no_think_instruction else THINK_INSTRUCTION
     try:
         rows, source["resolved_revision"] = load_rows(args)
-    except (Exception, KeyboardInterrupt) as error:  # gzip, pyarrow, the hub raise many kinds
+    except Exception as error:  # gzip, pyarrow, datasets and the hub raise errors of many kinds
         reason = " ".join(f"{error} {error.__cause__ or ''}".split())
         sys.exit(f"error: {args.dataset}: {reason or type(error).__name__}")
     records, met = convert_rows(rows, prompt["before_request"])
@@ -297,4 +296,5 @@ def main(argv=None):
 if __name__ == "__main__":
     logging.captureWarnings(True)
     logging.disable()  # what goes wrong in a library is told once, by its error
+    signal.signal(signal.SIGINT, lambda *_: sys.exit("interrupted: nothing is written"))
     main()

@@ -184,7 +184,7 @@ def test_base_and_tuned_are_scored_and_compared(evaluate, splits, tiny_model):
     path.write_text(path.read_text(encoding="utf-8").replace('"reference": "', '"reference": "x'))
     evaluate("--rescore")
     assert "difference" not in read_metrics(results / "tuned")
-    with pytest.raises(SystemExit, match="base answers nothing of"):
+    with pytest.raises(SystemExit, match="base answers no query of"):
         evaluate("--baseline", "--rescore")
 
 
@@ -265,4 +265,4 @@ def test_mistakes_end_in_one_line(tiny_model, splits, finished, tmp_path):
     process = run_here(
         SCRIPT, "--model", tiny_model, *test_file, "--predictions", "p.jsonl", cwd=tmp_path
     )
-    assert_fails_in_one_line(process, "answers nothing of")
+    assert_fails_in_one_line(process, "answers no query of")
