@@ -252,7 +252,7 @@ def build_datasets(conversations, tokenizer, template, args):
     if len(short) < 2:
         fail(f"{len(short)} of {len(dataset)} conversations fit --max-length, of at least 2")
     split = short.train_test_split(test_size=args.validation_size, seed=args.seed)
-    num_over = len(split["train"]) % args.conversations_per_step  # steps are whole
+    num_over = len(split["train"]) % args.conversations_per_step  # whole steps, or one that is not
     training = split["train"].select(range(len(split["train"]) - num_over or num_over))
     return training, split["test"], len(dataset) - len(training) - len(split["test"])
 
@@ -338,7 +338,7 @@ def find_last_checkpoint(checkpoint_dir):
     """The newest whole checkpoint, or None: the Trainer writes trainer_state.json last."""
     states = checkpoint_dir.glob("checkpoint-*/trainer_state.json")
     whole = [path.parent for path in states if path.stat().st_size]
-    return max(whole, key=lambda path: int(path.name[11:]), default=None)
+    return max(whole, key=lambda path: int(path.name.split("-")[1]), default=None)
 
 
 def check_earlier_run(args, run, path):
