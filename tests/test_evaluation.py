@@ -73,6 +73,10 @@ def test_bf16_rounds_weights_and_never_the_rotary_frequencies(tiny_model):
     assert frequencies and all(torch.equal(x, exact[name]) for name, x in frequencies.items())
     assert {x.dtype for x in frequencies.values()} == {torch.float32}
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    expected = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.bfloat16).eval()
+    input_ids = torch.randint(110, 700, (2, 500), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        assert torch.equal(model(input_ids).logits, expected(input_ids).logits)
 
 
 def test_the_adapter_is_merged_without_changing_what_the_model_says(tiny_model, finished):
