@@ -19,7 +19,7 @@ import workload
 
 
 def build_trainer(model_dir, train_file, output_dir, **settings):
-    """TRL's trainer on four fifths of a train split: those that ours takes, but for long ones."""
+    """TRL's trainer on four fifths of a train split, drawn with the seed of ours."""
     import datasets
     from peft import LoraConfig
     from trl import SFTConfig, SFTTrainer
