@@ -6,7 +6,8 @@
 
 *ours* is function_calling_train.py without flags: its own loading, LoRA and trainer.
 
-*trl* is TRL's own SFTTrainer as train_with_trl.py has it, on a CPU without bf16.
+*trl* is TRL's own SFTTrainer as train_with_trl.py has it, in bf16 where ours is (its own
+default is bf16 everywhere, which most CPUs only imitate).
 
 *published* is the published recipe in the options of today's libraries: LoRA on embeddings and head
 too (so it is a plain Trainer: TRL refuses LoRA on the head), loss on all tokens, eager attention,
@@ -82,7 +83,10 @@ def build_published(work_dir, num_steps):
 def build_trl(work_dir, num_steps):
     import torch
 
-    settings = {"max_steps": num_steps, "bf16": torch.cuda.is_available()}
+    import function_calling_train as train
+
+    _, dtype = train.choose_device()
+    settings = {"max_steps": num_steps, "bf16": dtype == torch.bfloat16}
     files = work_dir / "model", work_dir / "split.jsonl"
     return train_with_trl.build_trainer(*files, work_dir / "trl", **settings)
 

@@ -21,6 +21,7 @@ import workload
 def build_trainer(model_dir, train_file, output_dir, **settings):
     """TRL's trainer on four fifths of a train split, drawn with the seed of ours."""
     import datasets
+    import torch
     from peft import LoraConfig
     from trl import SFTConfig, SFTTrainer
 
@@ -29,7 +30,8 @@ def build_trainer(model_dir, train_file, output_dir, **settings):
         message["role"] = "user" if message["role"] == "tool" else message["role"]
     dataset = datasets.Dataset.from_dict({"messages": conversations})
     dataset = dataset.train_test_split(test_size=0.2, seed=42)["train"]
-    config = SFTConfig(output_dir=output_dir, per_device_train_batch_size=4, **settings)
+    settings |= {"per_device_train_batch_size": 4, "use_cpu": not torch.cuda.is_available()}
+    config = SFTConfig(output_dir=output_dir, **settings)
     return SFTTrainer(str(model_dir), config, train_dataset=dataset, peft_config=LoraConfig())
 
 
@@ -43,12 +45,10 @@ def main():
     add("--steps", type=int, required=True, help="optimizer steps of four conversations")
     args = parser.parse_args()
 
-    import torch
     from transformers import AutoTokenizer
 
     folder = args.output_dir or args.model.with_name(f"{args.model.name}-trl")
     settings = {"learning_rate": args.learning_rate, "max_steps": args.steps}
-    settings["use_cpu"] = not torch.cuda.is_available()
     trainer = build_trainer(args.model, args.train_file, folder, save_strategy="no", **settings)
     start = time.perf_counter()
     trainer.train()
