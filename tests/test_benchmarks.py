@@ -41,9 +41,11 @@ def test_what_a_program_sends_with_tools_is_rendered_as_the_text_that_is_trained
     _, tokenizer.chat_template = train.make_templates(wording)
     for row in json.loads((ROOT / "sample/hermes_sample.json").read_text(encoding="utf-8"))[:200]:
         row["conversations"] = row["conversations"][1:]  # so that step 1 writes the tools itself
+        row["conversations"].insert(0, {"from": "system", "value": "Be kind."})
         split = prepare.convert_row(row)
         messages, tools = ask_with_tools.to_openai(split["messages"], wording), split["tools"]
         assert not [tag for tag in ("</tools>", "<tool_call>") if tag in json.dumps(messages)]
+        assert tools == "[]" or messages[0] == {"role": "system", "content": "Be kind."}
         sent = tokenizer.apply_chat_template(messages, json.loads(tools), tokenize=False)
         assert sent == tokenizer.apply_chat_template(split["messages"], tokenize=False)
 

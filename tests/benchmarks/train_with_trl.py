@@ -4,9 +4,10 @@
     python evaluation.py --model MODEL-trl --baseline
 
 SFTTrainer on `messages` with LoraConfig() and SFTConfig() as they are, but for the learning rate,
-the number of steps and four conversations in each. So it cuts conversations to 1,024 tokens, and
-all tokens carry loss. Gemma's own chat template raises an error at a tool turn, so tool results
-stand in user turns, as such a user would put them, and as the evaluation of a base model does.
+the number of steps, four conversations in each, and use_cpu where there is no GPU. So it cuts
+conversations to 1,024 tokens, and all tokens carry loss. Gemma's own chat template raises an error
+at a tool turn, so tool results stand in user turns, as such a user would put them, and as the
+evaluation of a base model does.
 The merged model is written to <--model>-trl, or to --output-dir.
 """
 
@@ -15,13 +16,14 @@ import json
 import time
 from pathlib import Path
 
-import workload
+import workload  # which makes the three scripts importable
+
+import evaluation
 
 
 def build_trainer(model_dir, train_file, output_dir, **settings):
     """TRL's trainer on four fifths of a train split, drawn with the seed of ours."""
     import datasets
-    import torch
     from peft import LoraConfig
     from trl import SFTConfig, SFTTrainer
 
@@ -30,7 +32,8 @@ def build_trainer(model_dir, train_file, output_dir, **settings):
         message["role"] = "user" if message["role"] == "tool" else message["role"]
     dataset = datasets.Dataset.from_dict({"messages": conversations})
     dataset = dataset.train_test_split(test_size=0.2, seed=42)["train"]
-    settings |= {"per_device_train_batch_size": 4, "use_cpu": not torch.cuda.is_available()}
+    device, _ = evaluation.choose_device()
+    settings |= {"per_device_train_batch_size": 4, "use_cpu": device == "cpu"}
     config = SFTConfig(output_dir=output_dir, **settings)
     return SFTTrainer(str(model_dir), config, train_dataset=dataset, peft_config=LoraConfig())
 
