@@ -30,87 +30,265 @@ LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", 
 RECIPE = """epochs conversations_per_step learning_rate lora_rank lora_alpha lora_dropout loss_on
 max_length validation_size seed load_in_4bit max_steps""".split()
 
-# Gemma's turns. A server sends OpenAI's messages, and this renders them as step 1 does: tools into
-# the first user turn, calls and results as tagged blocks, results in a row as one turn. JSON has a
-# macro, since tojson differs between template engines. Control tokens within a text get a space
-# before their ">", so that no text can forge a turn. Only training needs the generation marks.
+# Gemma's turns. A server sends OpenAI-style messages, and this renders them as step 1 does: tools
+# in the first user turn, calls and results as tagged blocks, neighboring messages of a role as one
+# turn. JSON has a macro, since the tojson filter differs between template engines. make_templates
+# fills in the names in capitals.
 CHAT_TEMPLATE = r"""
 {%- macro plain(text) -%}
-    {{- text | trim | replace('<bos>', '<bos >') | replace('<eos>', '<eos >')
-        | replace('<pad>', '<pad >') | replace('<unk>', '<unk >') | replace('<mask>', '<mask >')
-        | replace('<start_of_turn>', '<start_of_turn >')
-        | replace('<end_of_turn>', '<end_of_turn >')
-        | replace('<start_of_image>', '<start_of_image >')
-        | replace('<end_of_image>', '<end_of_image >')
-        | replace('<image_soft_token>', '<image_soft_token >') -}}
+    {%- set written = namespace(text=text | trim) -%}
+    {%- for token, broken_up in CONTROL_TOKENS -%}
+        {%- set written.text = written.text | replace(token, broken_up) -%}
+    {%- endfor -%}
+    {{- written.text -}}
 {%- endmacro -%}
-{%- macro json(value) -%}
+
+{%- macro json_of(value) -%}
     {%- if value is string -%}
-        {{- '"' + value | replace('\\', '\\\\') | replace('"', '\\"') | replace('\n', '\\n')
-            | replace('\r', '\\r') | replace('\t', '\\t') + '"' -}}
+        {{- '"' + value | replace('\\', '\\\\') | replace('"', '\\"') + '"' -}}
     {%- elif value is iterable -%}
         {{- '{' if value is mapping else '[' -}}
         {%- for item in value if value is not mapping or value[item] is not none -%}
-            {{- ('' if loop.first else ', ') + json(item) -}}
-            {{- ': ' + json(value[item]) if value is mapping else '' -}}
+            {{- ('' if loop.first else ', ') + json_of(item) -}}
+            {{- ': ' + json_of(value[item]) if value is mapping else '' -}}
         {%- endfor -%}
         {{- '}' if value is mapping else ']' -}}
     {%- else -%}
         {{- 'null' if value is none else value | string | lower -}}
     {%- endif -%}
 {%- endmacro -%}
-{%- macro text_of(content) -%}
-    {%- set parts = [{'type': 'text', 'text': content}] if content is string else content or [] -%}
-    {%- for part in parts -%}
-        {{- '' if loop.first else '\n' -}}
-        {{- part.text if part.type == 'text' else raise_exception('only text can be read') -}}
+
+{%- macro json(value) -%}
+    {%- set written = namespace(text=json_of(value)) -%}
+    {%- for character, escape in CONTROL_CHARACTERS -%}
+        {%- set written.text = written.text | replace(character, escape) -%}
     {%- endfor -%}
+    {{- written.text -}}
 {%- endmacro -%}
+
+{#- JSON text with the characters that its \u escapes stand for, as write_plain_letters of step 1 #}
+{%- macro plain_letters(json_text) -%}
+    {%- set written = namespace(text='', high=0) -%}
+    {%- for run in json_text.split('\\\\') -%}
+        {%- set written.text = written.text + ('' if loop.first else '\\\\') -%}
+        {%- for piece in run.split('\\u') -%}
+            {%- set code = -1 if loop.first else piece[:4] | int(-1, 16) -%}
+            {%- set next_code = loop.nextitem[:4] | int(-1, 16) if not loop.last else -1 -%}
+            {%- set is_low = 56320 <= code and code <= 57343 -%}
+            {%- set is_surrogate = 55296 <= code and code <= 57343 -%}
+            {%- if loop.first -%}
+                {%- set written.text = written.text + piece -%}
+            {%- elif is_low and written.high -%}
+                {%- set code = 65536 + (written.high - 55296) * 1024 + code - 56320 -%}
+                {%- set written.text = written.text + '%c' | format(code) + piece[4:] -%}
+                {%- set written.high = 0 -%}
+            {%- elif is_surrogate and not is_low and piece | length == 4
+                    and 56320 <= next_code and next_code <= 57343 -%}
+                {%- set written.high = code -%}
+            {%- elif code < 32 or code in [34, 92] or is_surrogate -%}
+                {%- set written.text = written.text + '\\u' + piece -%}
+            {%- else -%}
+                {%- set written.text = written.text + '%c' | format(code) + piece[4:] -%}
+            {%- endif -%}
+        {%- endfor -%}
+    {%- endfor -%}
+    {{- written.text -}}
+{%- endmacro -%}
+
+{%- macro role_of(message) -%}
+    {%- if message.role in ['system', 'developer'] -%}
+        {{- 'system' -}}
+    {%- elif message.role in ['assistant', 'model'] -%}
+        {{- 'assistant' -}}
+    {%- elif message.role in ['tool', 'function'] -%}
+        {{- 'tool' -}}
+    {%- elif message.role == 'user' -%}
+        {{- 'user' -}}
+    {%- else -%}
+        {{- raise_exception('role ' ~ message.role ~ ' is unknown') -}}
+    {%- endif -%}
+{%- endmacro -%}
+
+{%- macro text_of(content) -%}
+    {%- set found = namespace(is_first=true) -%}
+    {%- if content is string -%}
+        {{- content -}}
+    {%- elif content -%}
+        {%- for part in content -%}
+            {%- if part is string or part.type in ['text', 'input_text', 'output_text']
+                    or (not part.type and part.text is defined) -%}
+                {{- '' if found.is_first else '\n' -}}
+                {{- part if part is string else part.text or '' -}}
+                {%- set found.is_first = false -%}
+            {%- elif part.type not in ['thinking', 'reasoning'] -%}
+                {{- raise_exception('only text can be read, not ' ~ part.type) -}}
+            {%- endif -%}
+        {%- endfor -%}
+    {%- endif -%}
+{%- endmacro -%}
+
+{%- macro thoughts_of(message, text) -%}
+    {%- set found = namespace(thoughts=[]) -%}
+    {%- set found.thoughts = [message.reasoning_content, message.reasoning, message.thinking,
+        message.thought] -%}
+    {%- if message.content and message.content is not string -%}
+        {%- for part in message.content if part.type in ['thinking', 'reasoning'] -%}
+            {%- set thought = part.thinking or part.reasoning or part.text -%}
+            {%- set found.thoughts = found.thoughts + [thought] -%}
+        {%- endfor -%}
+    {%- endif -%}
+    {%- set written = namespace(thoughts=[]) -%}
+    {%- for thought in found.thoughts if thought is string and thought | trim -%}
+        {%- set thought = thought | trim -%}
+        {%- if thought not in text and thought not in written.thoughts -%}
+            {%- set written.thoughts = written.thoughts + [thought] -%}
+        {%- endif -%}
+    {%- endfor -%}
+    {{- '<think>' + written.thoughts | join('\n\n') + '</think>' if written.thoughts else '' -}}
+    {{- '\n' if written.thoughts and text | trim else '' -}}
+{%- endmacro -%}
+
 {%- macro calls_of(tool_calls) -%}
-    {%- for tool_call in tool_calls or [] -%}
+    {%- for tool_call in tool_calls -%}
         {%- set call = tool_call.function or tool_call -%}
-        {%- set given = call.arguments or {} -%}
-        {{- ('' if loop.first else '\n') + '<tool_call>\n{"name": ' + json(call.name) -}}
-        {{- ', "arguments": ' + (given | trim or '{}' if given is string else json(given)) -}}
+        {%- set name = call.name or tool_call.name or raise_exception('a call has no name') -%}
+        {%- set given = call.arguments or call.args or call.input or tool_call.arguments
+            or tool_call.args or tool_call.input or {} -%}
+        {{- ('' if loop.first else '\n') + '<tool_call>\n{"name": ' + json(name) -}}
+        {{- ', "arguments": ' -}}
+        {%- if given is not string -%}
+            {{- json(given) -}}
+        {%- elif '\\u' in given -%}
+            {{- plain_letters(given | trim) -}}
+        {%- else -%}
+            {{- given | trim or '{}' -}}
+        {%- endif -%}
         {{- '}\n</tool_call>' -}}
     {%- endfor -%}
 {%- endmacro -%}
+
+{%- macro result_of(content) -%}
+    {%- set found = namespace(is_text=content is string or content is none) -%}
+    {%- if content is iterable and content is not string and content is not mapping and content -%}
+        {%- set found.is_text = true -%}
+        {%- for part in content -%}
+            {%- if part is not mapping or (part.type not in ['text', 'input_text', 'output_text']
+                    and (part.text is not defined or part | length > 1)) -%}
+                {%- set found.is_text = false -%}
+            {%- endif -%}
+        {%- endfor -%}
+    {%- endif -%}
+    {%- set text = text_of(content) if found.is_text else json(content) -%}
+    {{- text if '<tool_response>' in text else '<tool_response>\n' + text + '\n</tool_response>' -}}
+{%- endmacro -%}
+
 {{- bos_token -}}
-{%- set found = namespace(system='', first=true, results='') -%}
+{%- set found = namespace(system='', tools=tools, is_start=true, has_asked=false, text='',
+    calls=[], results=[], ordered=[], shows_tools=false, carries_loss=true) -%}
 {%- for message in messages -%}
-    {%- set text = text_of(message.content) -%}
-    {%- if message.role in ['system', 'developer'] and loop.first -%}
-        {%- set found.system = text if text | trim else '' -%}
-    {%- elif message.role == 'user' -%}
-        {%- if found.first and tools and '</tools>' not in found.system + text -%}
-            {%- set found.system = found.system + ('\n\n' if found.system else '')
-                + BEFORE_TOOLS + json(tools) + AFTER_TOOLS -%}
+    {%- set role = role_of(message) -%}
+    {%- set ends_turn = loop.last or role_of(messages[loop.index]) != role -%}
+    {%- if role == 'system' -%}
+        {%- set text = text_of(message.content) -%}
+        {%- if not found.is_start -%}
+            {{- raise_exception('a system message is not the first message') -}}
         {%- endif -%}
-        {%- set before = found.system + BEFORE_REQUEST if found.first and found.system else '' -%}
-        {%- set found.first = false -%}
-        {{- '<start_of_turn>user\n' + plain(before + text) + '<end_of_turn>\n' -}}
-    {%- elif message.role in ['assistant', 'model'] -%}
-        {%- set calls = calls_of(message.tool_calls) -%}
-        {{- '<start_of_turn>model\n' -}}
-        {%- generation -%}
-        {{- plain(text + ('\n' if text and calls else '') + calls) + '<end_of_turn>' -}}
-        {%- endgeneration -%}
-        {{- '\n' -}}
-    {%- elif message.role == 'tool' -%}
-        {%- if '<tool_response>' not in text -%}
-            {%- set text = '<tool_response>\n' + text + '\n</tool_response>' -%}
+        {%- if text | trim -%}
+            {%- set found.system = found.system + ('\n\n' if found.system else '') + text -%}
         {%- endif -%}
-        {%- set found.results = found.results + ('\n' if found.results else '') + text -%}
-        {%- if loop.last or messages[loop.index].role != 'tool' -%}
-            {{- '<start_of_turn>user\n' + plain(found.results) + '<end_of_turn>\n' -}}
-            {%- set found.results = '' -%}
+        {%- set found.tools = found.tools or message.tools -%}
+    {%- elif role == 'user' -%}
+        {%- set text = text_of(message.content) -%}
+        {%- if text | trim -%}
+            {%- set found.text = found.text + ('\n\n' if found.text else '') + text -%}
+        {%- endif -%}
+        {%- if ends_turn -%}
+            {%- for piece in (found.system + found.text).split('<tools>')[1:] -%}
+                {%- set block = piece.split('</tools>')[0] | trim -%}
+                {%- for tool in found.tools or [] if '</tools>' in piece -%}
+                    {%- if block[:1] in ['[', '{'] or (tool.function or tool).name in block -%}
+                        {%- set found.shows_tools = true -%}
+                    {%- endif -%}
+                {%- endfor -%}
+            {%- endfor -%}
+            {%- if found.tools and not found.has_asked and not found.shows_tools -%}
+                {%- set found.system = found.system + ('\n\n' if found.system else '')
+                    + BEFORE_TOOLS + json(found.tools) + AFTER_TOOLS -%}
+            {%- endif -%}
+            {%- set is_first = found.system and not found.has_asked -%}
+            {%- set before = found.system + BEFORE_REQUEST if is_first else '' -%}
+            {{- '<start_of_turn>user\n' + plain(before + found.text) + '<end_of_turn>\n' -}}
+            {%- set found.text = '' -%}
+            {%- set found.has_asked = true -%}
+        {%- endif -%}
+    {%- elif role == 'assistant' -%}
+        {%- set text = text_of(message.content) -%}
+        {%- set text = thoughts_of(message, text) + (text if text | trim else '') -%}
+        {%- set old_call = [message.function_call] if message.function_call else [] -%}
+        {%- set calls = [] if '<tool_call>' in text else message.tool_calls or old_call -%}
+        {%- set found.calls = found.calls + calls -%}
+        {%- for piece in [text, calls_of(calls)] if piece | trim -%}
+            {%- set separator = '\n' if piece[:11] == '<tool_call>' else '\n\n' -%}
+            {%- set found.text = found.text + (separator if found.text else '') + piece -%}
+        {%- endfor -%}
+        {%- set found.carries_loss = found.carries_loss and message.train is not false -%}
+        {%- if ends_turn -%}
+            {%- set turn = plain(found.text) + '<end_of_turn>' -%}
+            {{- '<start_of_turn>model\n' -}}
+            MODEL_TURN
+            {{- '\n' -}}
+            {%- set found.text = '' -%}
+            {%- set found.carries_loss = true -%}
         {%- endif -%}
     {%- else -%}
-        {{- raise_exception('role ' ~ message.role ~ ' is unknown, or not the first message') -}}
+        {%- set found.results = found.results + [message] -%}
+        {%- if ends_turn -%}
+            {%- set found.ordered = [] -%}
+            {%- for call in found.calls if call.id -%}
+                {%- for result in found.results if result.tool_call_id ~ '' == call.id ~ '' -%}
+                    {%- set found.ordered = found.ordered + [result] -%}
+                {%- endfor -%}
+            {%- endfor -%}
+            {%- if found.ordered | length != found.results | length -%}
+                {%- set found.ordered = [] -%}
+                {%- for call in found.calls -%}
+                    {%- for result in found.results
+                            if result.name and result.name == (call.function or call).name -%}
+                        {%- set found.ordered = found.ordered + [result] -%}
+                    {%- endfor -%}
+                {%- endfor -%}
+            {%- endif -%}
+            {%- if found.ordered | length != found.results | length -%}
+                {%- set found.ordered = found.results -%}
+            {%- endif -%}
+            {%- for result in found.ordered -%}
+                {%- set found.text = found.text + ('' if loop.first else '\n')
+                    + result_of(result.content) -%}
+            {%- endfor -%}
+            {{- '<start_of_turn>user\n' + plain(found.text) + '<end_of_turn>\n' -}}
+            {%- set found.text = '' -%}
+            {%- set found.results = [] -%}
+        {%- endif -%}
     {%- endif -%}
+    {%- if ends_turn and role != 'assistant' -%}
+        {%- set found.calls = [] -%}
+    {%- endif -%}
+    {%- set found.is_start = found.is_start and role == 'system' -%}
 {%- endfor -%}
 {{- '<start_of_turn>model\n' if add_generation_prompt else '' -}}
 """.lstrip()
+
+# How a turn of the model is written. The generation marks tell transformers which tokens to mask:
+# those that carry loss or, where the prompt carries loss as well, those of turns that do not.
+MARKED_TURN = (
+    "{%- if IS_MARKED -%}{%- generation -%}{{- turn -}}{%- endgeneration -%}"
+    "{%- else -%}{{- turn -}}{%- endif -%}"
+)
+MODEL_TURNS = {
+    "model-turns": MARKED_TURN.replace("IS_MARKED", "found.carries_loss"),
+    "all": MARKED_TURN.replace("IS_MARKED", "not found.carries_loss"),
+    "serving": "{{- turn -}}",
+}
 
 
 def parse_args(argv=None):
@@ -195,12 +373,29 @@ def read_split(path):
     return conversations, wording
 
 
-def make_templates(wording):
-    """Return (chat template for training, chat template for serving) with the prompt's wording."""
-    template = CHAT_TEMPLATE
-    for name in ("before_tools", "after_tools", "before_request"):
-        template = template.replace(name.upper(), json.dumps(wording[name], ensure_ascii=False))
-    return template, re.sub(r" *{%- (end)?generation -%}\n", "", template)
+def make_template(
+    wording: dict[str, str], tokenizer: transformers.PreTrainedTokenizerBase, use: str
+) -> str:
+    """Return the chat template with the wording of step 1's prompt.
+
+    `use` is "serving", or what --loss-on says for training. A space before the last character
+    breaks up each of the tokenizer's control tokens, so that no text can forge a turn.
+    """
+    added = tokenizer.added_tokens_decoder.values()
+    control_tokens = {token.content for token in added if token.special}
+    control_tokens |= set(tokenizer.all_special_tokens)
+    characters = [chr(code) for code in range(32)]
+    filled_in = {
+        "BEFORE_TOOLS": wording["before_tools"],
+        "AFTER_TOOLS": wording["after_tools"],
+        "BEFORE_REQUEST": wording["before_request"],
+        "CONTROL_TOKENS": [[t, f"{t[:-1]} {t[-1]}"] for t in sorted(control_tokens)],
+        "CONTROL_CHARACTERS": [[c, json.dumps(c)[1:-1]] for c in characters],
+    }
+    template = CHAT_TEMPLATE.replace("MODEL_TURN", MODEL_TURNS[use])
+    for name, value in filled_in.items():
+        template = template.replace(name, json.dumps(value, ensure_ascii=False))
+    return template
 
 
 def find_model(args):
@@ -237,14 +432,21 @@ def load_model(folder, dtype, in_4bit=False):
 def build_datasets(conversations, tokenizer, template, args):
     """Return (training set, validation set, number of conversations left out).
 
-    Rows hold input_ids and, unless all tokens carry loss, assistant_masks: 1 for each token that
-    the model says, <end_of_turn> included. TRL makes the labels of them.
+    Rows have input_ids and assistant_masks: 1 for each token that carries loss, which in model
+    turns includes <end_of_turn>. TRL turns them into labels.
     """
 
     def encode(row):
-        options = {"return_dict": True, "return_assistant_tokens_mask": args.loss_on != "all"}
-        tokens = tokenizer.apply_chat_template(row["messages"], chat_template=template, **options)
-        return {key: tokens[key] for key in ("input_ids", "assistant_masks") if key in tokens}
+        tokens = tokenizer.apply_chat_template(
+            row["messages"],
+            chat_template=template,
+            return_dict=True,
+            return_assistant_tokens_mask=True,
+        )
+        mask = tokens["assistant_masks"]
+        if args.loss_on == "all":  # then the template marks the turns that carry no loss
+            mask = [1 - is_marked for is_marked in mask]
+        return {"input_ids": tokens["input_ids"], "assistant_masks": mask}
 
     dataset = datasets.Dataset.from_dict({"messages": conversations})
     dataset = dataset.map(encode, remove_columns="messages")
@@ -448,7 +650,8 @@ def main(argv=None):
         return finish(args, model_dir) if is_main else None
 
     model, tokenizer = load_model(model_dir, dtype, args.load_in_4bit)
-    template, serving_template = make_templates(wording)
+    template = make_template(wording, tokenizer, args.loss_on)
+    serving_template = make_template(wording, tokenizer, "serving")
     training, validation, left_out = build_datasets(conversations, tokenizer, template, args)
     trainer = build_trainer(model, tokenizer, training, validation, args, checkpoint_dir, device)
     checkpoint = find_last_checkpoint(checkpoint_dir) if args.resume and is_begun else None

@@ -1,26 +1,34 @@
-"""Turn function-calling conversations into train and test splits (step 1 of 3).
+"""Turn tool-calling conversations into train and test splits (step 1 of 3).
 
     python prepare_function_calling_dataset.py                            # the published dataset
     python prepare_function_calling_dataset.py --dataset my_rows.jsonl    # your own rows
+    python prepare_function_calling_dataset.py --dataset train.jsonl --test-dataset test.jsonl
 
-A row's turns stand in "conversations" (from, value) or OpenAI's "messages", its tools in "tools".
-It becomes a line {"id", "messages", "tools"}: system text and tools go into the first user turn,
-calls and results into tagged blocks. dataset_info.json holds counts and the prompt's wording.
+One function per data layout turns a row into OpenAI-style messages. They are normalized, and then
+rendered as a line of a split, {"id", "messages", "tools"}: the system text and the tools become
+part of the first user turn, calls and results become tagged blocks. dataset_info.json records the
+source, the counts, the prompt's wording, and everything in the rows that was not used.
 """
 
 import argparse
 import ast
-import functools
 import gzip
 import hashlib
+import itertools
 import json
 import logging
 import re
-import signal
+import shlex
 import sys
+from collections import Counter
 from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
 
-DEFAULT_DATASET, DEFAULT_CONFIG = "NousResearch/hermes-function-calling-v1", "glaive_func_calling"
+DEFAULT_DATASET = "NousResearch/hermes-function-calling-v1"
+DEFAULT_CONFIG = "glaive_func_calling"
+DEFAULT_OUTPUT_DIR = Path("processed_data")
+DEFAULT_TEST_SIZE = 0.2
+DEFAULT_SEED = 42
 SPLIT_FILES = {"train": "function_calling_train.jsonl", "test": "function_calling_test.jsonl"}
 
 # The published wording: around the tools, and between the system text and the user's request.
@@ -40,61 +48,177 @@ THINK_INSTRUCTION = (
     "Make that thinking process between <think>{your thoughts}</think>\n\n"
 )
 
-# What data sets call the system text and the three roles of a split, and what follows which role.
-ROLES = {
-    **dict.fromkeys(["system", "developer"], "system"),
-    **dict.fromkeys(["human", "user"], "user"),
-    **dict.fromkeys(["gpt", "model", "assistant", "function_call"], "assistant"),
-    **dict.fromkeys(["tool", "observation", "function_response"], "tool"),
-}
-NEXT = {None: ["user"], "user": ["assistant"], "assistant": ["user", "tool"], "tool": ["assistant"]}
-to_json = functools.partial(json.dumps, ensure_ascii=False, allow_nan=False)
 
-
-def parse_args(argv=None):
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    add = parser.add_argument
-    add("--dataset", default=DEFAULT_DATASET, help="hub id, folder, .json, .jsonl[.gz] or .parquet")
-    add("--config", help=f"configuration of a hub dataset (of the default: {DEFAULT_CONFIG})")
-    add("--split", default="train", help="split of a hub dataset to read (default: train)")
-    add("--revision", help="branch, tag or commit of a hub dataset")
-    add("--output-dir", type=Path, default=Path("processed_data"), help="default: processed_data")
-    add("--test-size", type=float, default=0.2, help="share of rows to test on (default: 0.2)")
-    add("--seed", type=int, default=42, help="seed of the split (default: 42)")
-    add("--no-think-instruction", action="store_true", help="ask for no thought before a call")
+    data = parser.add_argument_group("data")
+    data.add_argument(
+        "--dataset",
+        default=DEFAULT_DATASET,
+        help="rows to convert: a .json, .jsonl, .jsonl.gz or .parquet file, a folder of such "
+        "files, or the id of a hub dataset (default: %(default)s)",
+    )
+    data.add_argument(
+        "--config",
+        help=f"configuration of the hub dataset (default for the published one: {DEFAULT_CONFIG})",
+    )
+    data.add_argument(
+        "--split", default="train", help="split of the hub dataset to read (default: %(default)s)"
+    )
+    data.add_argument("--revision", help="branch, tag or commit of the hub dataset")
+    data.add_argument(
+        "--output-dir",
+        type=Path,
+        default=DEFAULT_OUTPUT_DIR,
+        help="folder for the two splits and dataset_info.json (default: %(default)s)",
+    )
+    split = parser.add_argument_group("train and test split")
+    split.add_argument(
+        "--test-dataset",
+        help="test set of your own: a file, a hub id, or the name of a split of --dataset; "
+        "all rows of --dataset are then used for training (default: draw a random split)",
+    )
+    split.add_argument(
+        "--test-size",
+        type=float,
+        help=f"share of the rows that is drawn for the test split (default: {DEFAULT_TEST_SIZE})",
+    )
+    split.add_argument(
+        "--seed", type=int, help=f"seed of the random split (default: {DEFAULT_SEED})"
+    )
+    split.add_argument(
+        "--drop-duplicates",
+        action="store_true",
+        help="keep only the first of repeated conversations (default: keep and count them)",
+    )
+    prompt = parser.add_argument_group("prompt")
+    prompt.add_argument(
+        "--no-think-instruction",
+        action="store_true",
+        help="leave out the published sentence that asks the model to think before a call",
+    )
     args = parser.parse_args(argv)
-    args.config = args.config or {DEFAULT_DATASET: DEFAULT_CONFIG}.get(args.dataset)
+    if args.test_dataset and (args.test_size is not None or args.seed is not None):
+        parser.error("--test-size and --seed draw a random split, which --test-dataset replaces")
+    args.test_size = DEFAULT_TEST_SIZE if args.test_size is None else args.test_size
+    args.seed = DEFAULT_SEED if args.seed is None else args.seed
+    if args.config is None and args.dataset == DEFAULT_DATASET:
+        args.config = DEFAULT_CONFIG
     return args
 
 
-def load_rows(args):
-    """Return the rows, and the sha256 of their file or the commit of their hub dataset."""
+def fail(message: str) -> NoReturn:
+    sys.exit(f"error: {message}")
+
+
+# ---- Loading rows
+
+
+def is_data_file(name: str) -> bool:
+    return Path(name).is_file() or Path(name).suffix in (".json", ".jsonl", ".gz", ".parquet")
+
+
+def load_file(path: Path) -> list:
+    """Return the rows of a .json, .jsonl, .jsonl.gz or .parquet file."""
+    if path.suffix == ".parquet":
+        import datasets
+
+        return list(datasets.Dataset.from_parquet(str(path)))
+    data = path.read_bytes()
+    text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8-sig")
+    if text.lstrip().startswith("["):
+        return json.loads(text)
+    rows = []
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            raise ValueError(
+                f"line {number} is not valid JSON. A .jsonl file has one JSON object per line, "
+                "a .json file has one array; save other formats as one of these or as .parquet"
+            ) from None
+    return rows
+
+
+def load_rows(
+    name: str, config: str | None, split: str | None, revision: str | None
+) -> tuple[list, str]:
+    """Return the rows of a file, a folder or a hub dataset, and what identifies their version.
+
+    That is the sha256 of a file, or the commit of a hub dataset. `split` None stands for the test
+    split, or for the only split of a dataset without one.
+    """
     import datasets
 
     datasets.disable_progress_bars()
-    path = Path(args.dataset)
-    if not path.is_file() and path.suffix not in (".json", ".jsonl", ".gz", ".parquet"):
-        hub = datasets.load_dataset_builder(args.dataset, args.config, revision=args.revision)
-        hub.download_and_prepare()
-        return list(hub.as_dataset(split=args.split)), hub.hash
-    data = path.read_bytes()
-    revision = "sha256:" + hashlib.sha256(data).hexdigest()
-    if path.suffix == ".parquet":
-        return list(datasets.Dataset.from_parquet(str(path))), revision
-    text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8-sig")
-    if text.lstrip().startswith("["):
-        return json.loads(text), revision
-    rows = []
-    for number, line in enumerate(text.split("\n"), start=1):
-        try:
-            rows += [json.loads(line)] if line.strip() else []
-        except json.JSONDecodeError:
-            raise ValueError(f"line {number} is no JSON, which .json and .jsonl hold") from None
-    return rows, revision
+    if is_data_file(name):
+        rows = load_file(Path(name))
+        return rows, "sha256:" + hashlib.sha256(Path(name).read_bytes()).hexdigest()
+    builder = datasets.load_dataset_builder(name, config, revision=revision)
+    builder.download_and_prepare()
+    if split is None:
+        split = "test" if "test" in builder.info.splits else next(iter(builder.info.splits))
+    return list(builder.as_dataset(split=split)), builder.hash
 
 
-def parse_literal(value):
-    """Read a text as JSON, or else as a Python literal: the dataset exists in both."""
+def load_test_rows(args: argparse.Namespace) -> tuple[list, str]:
+    """Return what load_rows does for --test-dataset."""
+    name = args.test_dataset
+    if is_data_file(name) or Path(name).is_dir() or "/" in name:
+        return load_rows(name, None, None, None)
+    if is_data_file(args.dataset):
+        raise ValueError(
+            f"no file or folder has this name, and {args.dataset} is a file without splits. "
+            "Pass the path of the test file"
+        )
+    return load_rows(args.dataset, args.config, name, args.revision)
+
+
+def explain_load_error(name: str, error: Exception) -> str:
+    """One line for whatever the file system, pyarrow, datasets or the hub raise."""
+    reason = " ".join(f"{error} {error.__cause__ or ''}".split()) or type(error).__name__
+    if "gated dataset" in reason:
+        return (
+            f"{name} is a gated dataset. Open https://huggingface.co/datasets/{name}, accept its "
+            "terms, run `hf auth login`, and run this command again"
+        )
+    if isinstance(error, FileNotFoundError) and is_data_file(name):
+        return f"{name}: no such file. Check the path, or pass the id of a hub dataset"
+    return f"{name}: {reason}"
+
+
+class Source(NamedTuple):
+    """The rows of one dataset, and what identifies their version."""
+
+    name: str
+    rows: list
+    revision: str
+
+
+def load_sources(args: argparse.Namespace) -> list[Source]:
+    """Load --dataset and, where it is given, --test-dataset. Ends the program if that fails."""
+    name = args.dataset
+    try:
+        sources = [Source(name, *load_rows(name, args.config, args.split, args.revision))]
+        if args.test_dataset:
+            name = args.test_dataset
+            sources.append(Source(name, *load_test_rows(args)))
+    except Exception as error:  # gzip, pyarrow, datasets and the hub raise errors of many kinds
+        fail(explain_load_error(name, error))
+    return sources
+
+
+# ---- Reading values
+
+
+def to_json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, allow_nan=False)
+
+
+def parse_literal(value: Any) -> Any:
+    """Read a text as JSON, or else as a Python literal: the published data exists in both."""
     if not isinstance(value, str):
         return value
     for read in (json.loads, ast.literal_eval):
@@ -102,199 +226,987 @@ def parse_literal(value):
             return read(value.strip())
         except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
             continue
-    raise ValueError("what should be a list or a call is neither JSON nor a Python literal")
+    raise ValueError("a text that should be a list or an object is neither JSON nor Python")
 
 
-def drop_nulls(value):
-    """Leave out the keys with null that Arrow adds to an object for what other rows hold."""
+def parse_nested(value: Any) -> Any:
+    """Read JSON text, also where it was encoded several times."""
+    while isinstance(value, str):
+        value = parse_literal(value)
+    return value
+
+
+def has_content(value: Any) -> bool:
+    return value is not None and value != "" and value != [] and value != {}
+
+
+def drop_nulls(value: Any) -> Any:
+    """Leave out null values: Arrow gives every object the keys of all others, filled with null."""
     if isinstance(value, dict):
         return {key: drop_nulls(item) for key, item in value.items() if item is not None}
     return [drop_nulls(item) for item in value] if isinstance(value, list) else value
 
 
-def read_tools(column, prompt):
-    """Return the tools as JSON text: the column's, or else the prompt's; None if unreadable."""
-    shown = re.findall(r"<tools>(.*?)</tools>", prompt, re.DOTALL)
-    declared = [x for x in (column, *shown) if str(x).strip() not in ("", "[]", "null", "None")]
-    for tools in declared:
+def take(mapping: dict, *keys: str) -> Any:
+    """Remove the first of the keys that has a value, and return its value, or None.
+
+    All reading of rows, messages and calls removes what it uses, so that whatever remains is what
+    was not read (report_unread).
+    """
+    for key in keys:
+        if mapping.get(key) is not None:
+            return mapping.pop(key)
+    return None
+
+
+def report_unread(mapping: dict, place: str, notices: Counter) -> None:
+    for key, value in mapping.items():
+        if has_content(value):
+            notices["unread", f"key {to_json(key)} of a {place}"] += 1
+
+
+# ---- Tools
+
+# Where data sets keep a row's tools.
+TOOL_KEYS = [
+    "tools",
+    "available_tools",
+    "tools_json",
+    "tool_defs",
+    "tool_definitions",
+    "tool_schemas",
+    "functions",
+    "available_functions",
+    "function_definitions",
+    "function_declarations",
+]
+
+
+def read_tools(value: Any) -> list[dict]:
+    """Return a list of tools from a list, a single tool, or JSON text of either."""
+    if isinstance(value, str) and value.strip() in ("", "None"):
+        return []
+    value = parse_nested(drop_nulls(value))
+    if isinstance(value, dict) and isinstance(value.get("tools"), list | str):
+        value = value["tools"]  # the answer of an MCP server
+    if isinstance(value, dict):
+        value = [value] if value else []
+    tools = [parse_nested(tool) for tool in parse_nested(value) or []]
+    if not all(isinstance(tool, dict) for tool in tools):
+        raise ValueError("a tool that is not an object")
+    tools = [tool for tool in tools if tool]
+    to_json(tools).encode()
+    return tools
+
+
+def get_names(tool: dict) -> list[str | None]:
+    """Return the names that a tool declares; Gemini's tools are lists of declarations."""
+    declarations = tool.get("function_declarations") or tool.get("functionDeclarations")
+    if not isinstance(declarations, list):
+        declarations = [tool.get("function") or tool]
+    names = []
+    for declaration in declarations:
+        name = declaration.get("name") if isinstance(declaration, dict) else None
+        names.append(name if isinstance(name, str) and name else None)
+    return names
+
+
+def find_tool_blocks(prompt: str) -> list[str]:
+    """Return what is between <tools> and </tools>, wherever the prompt has both."""
+    pieces = prompt.split("<tools>")[1:]
+    return [piece.split("</tools>")[0].strip() for piece in pieces if "</tools>" in piece]
+
+
+def shows_tools(prompt: str, names: list[str]) -> bool:
+    """Tell whether the prompt lists tools in a <tools> block; a mention of the tags does not."""
+    for block in find_tool_blocks(prompt):
+        if block.startswith(("[", "{")) or any(name and name in block for name in names):
+            return True
+    return False
+
+
+def collect_tools(sources: list, prompt: str, notices: Counter) -> tuple[list[dict], bool]:
+    """Return (a row's tools, whether all of them can be read).
+
+    The tools are those that `sources` declare, or else those that the prompt shows.
+    """
+    tools = []
+    is_readable = True
+    shown = [block for block in find_tool_blocks(prompt) if block.startswith(("[", "{"))]
+    for candidates in (sources, shown):
+        for candidate in candidates:
+            try:
+                found = read_tools(candidate)
+            except (TypeError, ValueError, RecursionError):
+                is_readable = False
+                notices["noticed", "tools that cannot be read"] += 1
+                continue
+            known = list(tools)
+            tools += [tool for tool in found if tool not in known]
+        if tools:
+            is_readable = True
+            break
+    for tool in tools:
+        if None in get_names(tool):
+            is_readable = False
+            notices["noticed", "tools that cannot be read (no name)"] += 1
+    return tools, is_readable
+
+
+# ---- Calls
+
+ARGUMENT_KEYS = ["arguments", "args", "input"]
+CALL_TYPES = ["function", "function_call", "tool_call"]
+
+# A backslash that is escaped itself, or the escape of one character (two for a surrogate pair).
+JSON_ESCAPE = re.compile(
+    r"\\\\"
+    r"|\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}"
+    r"|\\u[0-9a-fA-F]{4}"
+)
+
+
+def write_plain_letters(json_text: str) -> str:
+    """Replace the escapes of JSON text by the characters they stand for, where JSON allows it."""
+
+    def decode(match: re.Match) -> str:
+        if match[0] == "\\\\":
+            return match[0]
+        character = json.loads(f'"{match[0]}"')
+        is_lone_surrogate = "\ud800" <= character <= "\udfff"
+        if is_lone_surrogate or character < " " or character in ('"', "\\"):
+            return match[0]
+        return character
+
+    return JSON_ESCAPE.sub(decode, json_text)
+
+
+def read_arguments(arguments: Any, notices: Counter) -> str:
+    """Return the arguments of a call as JSON text. Text keeps its spacing and its nulls."""
+    if not has_content(arguments) or (isinstance(arguments, str) and not arguments.strip()):
+        return "{}"
+    if isinstance(arguments, str):
+        text = arguments.strip()
         try:
-            tools = parse_literal(tools)
-            tools = [parse_literal(x) for x in (tools if isinstance(tools, list) else [tools])]
-            if all(isinstance(tool, dict) for tool in tools):
-                return to_json(tools)
-        except (TypeError, ValueError):
-            continue
-    return None if declared else "[]"
+            if isinstance(json.loads(text), dict):
+                return write_plain_letters(text)
+        except (ValueError, RecursionError):
+            pass
+    arguments = parse_nested(arguments)
+    if not isinstance(arguments, dict):
+        raise ValueError("a call whose arguments are not an object")
+    return write_value(arguments, notices)
 
 
-def render_calls(calls):
-    """Write calls as blocks; arguments that are text stay as they are."""
-    calls, blocks = parse_literal(calls), []
-    for call in calls if isinstance(calls, list) else [calls]:
-        call = call.get("function") or call if isinstance(call, dict) else call
-        if not isinstance(call, dict) or "parameters" in call:
-            raise ValueError("a call is no object of name and arguments")
-        name, arguments = to_json(call.get("name")), call.get("arguments") or {}
-        arguments = arguments.strip() or "{}" if isinstance(arguments, str) else to_json(arguments)
-        blocks.append(f'<tool_call>\n{{"name": {name}, "arguments": {arguments}}}\n</tool_call>')
+def write_value(value: Any, notices: Counter) -> str:
+    """Write arguments or a result as JSON, without the nulls that Arrow fills in."""
+    without_nulls = drop_nulls(value)
+    if without_nulls != value:
+        notices["unread", "arguments or results that are null, as Arrow fills them in"] += 1
+    return to_json(without_nulls)
+
+
+def read_call(call: Any, notices: Counter) -> dict:
+    """Return {"id", "name", "arguments": JSON text} of a call: OpenAI's, LangChain's or bare."""
+    call = parse_nested(call)
+    if not isinstance(call, dict):
+        raise ValueError("a call that is not an object with a name and arguments")
+    call = {key: value for key, value in call.items() if value is not None}
+    kind = call.pop("type", "function")
+    if kind not in CALL_TYPES:
+        raise ValueError(f"a call of type {to_json(kind)}")
+    call_id = take(call, "id", "call_id", "tool_call_id")
+    function = call.pop("function", {})
+    if isinstance(function, str) and not function.lstrip().startswith("{"):
+        function = {"name": function}
+    function = {k: v for k, v in parse_nested(function).items() if v is not None}
+    name = take(function, "name") or take(call, "name")
+    if not isinstance(name, str) or not name.strip():
+        raise ValueError("a call without a name")
+    arguments = take_arguments(function, call)
+    report_unread({**call, **function}, "call", notices)
+    return {"id": call_id, "name": name, "arguments": read_arguments(arguments, notices)}
+
+
+def take_arguments(function: dict, call: dict) -> Any:
+    """Return the arguments of a call, which are in its function object or next to it.
+
+    Raises ValueError where other keys might hold them: such a call never becomes one without
+    arguments.
+    """
+    given = [part.pop(key) for part in (function, call) for key in ARGUMENT_KEYS if key in part]
+    arguments = []
+    for value in given:
+        if has_content(value) and value not in arguments:
+            arguments.append(value)
+    if len(arguments) > 1:
+        raise ValueError("a call with different arguments in two places")
+    others = [key for key in (*function, *call) if key != "index"]
+    if "parameters" in others or (others and not arguments and {} not in given):
+        keys = ", ".join(to_json(key) for key in others)
+        raise ValueError(f'a call with {keys}, but without "arguments", "args" or "input"')
+    return arguments[0] if arguments else None
+
+
+def read_calls(value: Any, notices: Counter) -> list[dict]:
+    """Return the calls of a list, of a single call, or of JSON text of either."""
+    calls = parse_nested(value)
+    return [read_call(call, notices) for call in (calls if isinstance(calls, list) else [calls])]
+
+
+def render_calls(calls: list[dict]) -> str:
+    blocks = []
+    for call in calls:
+        text = f'{{"name": {to_json(call["name"])}, "arguments": {call["arguments"]}}}'
+        blocks.append(f"<tool_call>\n{text}\n</tool_call>")
     return "\n".join(blocks)
 
 
-def render_turn(turn):
-    """Return (role, text) of a turn; the chat template of the training script does the same."""
-    name = turn.get("role") or turn.get("from") if isinstance(turn, dict) else None
-    role = ROLES.get(str(name))
-    if role is None:
-        raise ValueError(f"unknown role {name!r}")
-    text, calls = turn.get("content") or turn.get("value") or "", turn.get("tool_calls") or []
-    if isinstance(text, list) and all(isinstance(p, dict) and "text" in p for p in text):  # parts
-        text = "\n".join(part["text"] for part in text)
-    if not isinstance(text, str):
-        raise ValueError("a turn holds something other than text")
-    if name == "function_call" and "<tool_call>" not in text:
-        text, calls = "", text
-    if role == "tool" and "<tool_response>" not in text:
-        text = f"<tool_response>\n{text}\n</tool_response>"
-    return role, "\n".join(part for part in (text, render_calls(calls)) if part)
+# ---- Messages
+
+# The roles of data sets, as OpenAI's. A turn of CALL_ROLES holds nothing but calls, as JSON.
+CALL_ROLES = ["function_call", "tool_call", "tool_calls"]
+ROLES = {
+    **dict.fromkeys(["system", "developer"], "system"),
+    **dict.fromkeys(["user", "human"], "user"),
+    **dict.fromkeys(["assistant", "model", "gpt", *CALL_ROLES], "assistant"),
+    **dict.fromkeys(["tool", "observation", "function", "environment", "ipython"], "tool"),
+    **dict.fromkeys(["function_response", "tool_response", "tool_output", "tool_result"], "tool"),
+}
+SYSTEM_KEYS = ["system", "system_prompt"]
+THOUGHT_KEYS = ["reasoning_content", "reasoning", "thinking", "thought"]
+LOSS_KEYS = ["weight", "train", "loss", "trainable"]
+TEXT_PART_TYPES = ["text", "input_text", "output_text"]
+THOUGHT_PART_TYPES = ["thinking", "reasoning"]
+UNREAD_PARTS = {
+    "tool_use": "Anthropic's content blocks",
+    "tool_result": "Anthropic's content blocks",
+    "toolUse": "Bedrock's content blocks",
+    "toolResult": "Bedrock's content blocks",
+    "functionCall": "Gemini's parts",
+    "functionResponse": "Gemini's parts",
+}
 
 
-def convert_row(row, before_request=THINK_INSTRUCTION):
-    """Return the {"id", "messages", "tools"} of a row. Raises ValueError if it is of no use."""
-    row = drop_nulls(row) if isinstance(row, dict) else {}
-    turns = parse_literal(row.get("conversations") or row.get("messages"))
-    if not isinstance(turns, list) or not turns:
-        raise ValueError('no list of turns in "conversations" or "messages"')
-    turns = [render_turn(turn) for turn in turns]
-    system_text = str(row.get("system", ""))
-    if turns[0][0] == "system":
-        system_text = turns.pop(0)[1] or system_text
-    messages, previous = [], None
-    for role, text in turns:
-        if role == previous == "tool":
-            messages[-1]["content"] += "\n" + text
+def read_parts(parts: list, notices: Counter) -> tuple[str, list[str]]:
+    """Return (text, thoughts) of a message whose content is a list of parts."""
+    texts = []
+    thoughts = []
+    for part in parts:
+        part = {"text": part} if isinstance(part, str) else drop_nulls(part)
+        if not isinstance(part, dict):
+            raise ValueError("a content part that is not an object")
+        kind = part.pop("type", "text")
+        for name in (kind, *part):
+            if name in UNREAD_PARTS:
+                raise ValueError(f"{UNREAD_PARTS[name]} ({name}) are not a layout that is read")
+        if kind in THOUGHT_PART_TYPES:
+            thoughts.append(take(part, "thinking", "reasoning", "text") or "")
+        elif kind in TEXT_PART_TYPES:
+            texts.append(take(part, "text") or "")
+        else:
+            raise ValueError(f"a content part that is not text (type {to_json(kind)})")
+        report_unread(part, "content part", notices)
+    if not all(isinstance(text, str) for text in texts + thoughts):
+        raise ValueError("a content part that is not text")
+    return "\n".join(texts), thoughts
+
+
+def read_text(content: Any, notices: Counter) -> tuple[str, list[str]]:
+    """Return (text, thoughts) of the content of a system, user or assistant message."""
+    if content is None:
+        return "", []
+    if isinstance(content, str):
+        return content, []
+    if isinstance(content, list):
+        return read_parts(content, notices)
+    raise ValueError("a turn that holds something other than text")
+
+
+def read_result(content: Any, notices: Counter) -> str:
+    """Return the text of a tool message: its text, or its JSON value as JSON."""
+    if content is None or isinstance(content, str):
+        return content or ""
+    if content and isinstance(content, list) and all(is_text_part(part) for part in content):
+        return read_parts(content, notices)[0]
+    return write_value(content, notices)
+
+
+def is_text_part(part: Any) -> bool:
+    if not isinstance(part, dict):
+        return False
+    return part.get("type") in TEXT_PART_TYPES or list(part) == ["text"]
+
+
+def take_loss_mark(message: dict, role: str) -> bool:
+    """Tell whether a message may carry loss: not if its weight is 0, or its `train` is false."""
+    may_carry_loss = True
+    for key in LOSS_KEYS:
+        value = message.get(key)
+        is_off = value in (0, "0", "false", "False")  # False equals 0
+        is_on = value in (1, "1", "true", "True") and role == "assistant"
+        if is_off or is_on:
+            del message[key]
+        if is_off:
+            may_carry_loss = False
+    return may_carry_loss
+
+
+def take_thoughts(message: dict) -> list[str]:
+    return [message.pop(key) for key in THOUGHT_KEYS if isinstance(message.get(key), str)]
+
+
+def write_thoughts(thoughts: list[str], text: str) -> str:
+    """Write the thoughts before a turn's text, unless the text contains them already."""
+    thoughts = dict.fromkeys(thought.strip() for thought in thoughts)
+    thoughts = [thought for thought in thoughts if thought and thought not in text]
+    if not thoughts:
+        return text
+    block = "<think>" + "\n\n".join(thoughts) + "</think>"
+    return f"{block}\n{text}" if text.strip() else block
+
+
+def split_call_turn(content: Any) -> tuple[str, Any]:
+    """Return (text, calls) of a turn that holds calls as JSON, possibly after a <think> block."""
+    if not isinstance(content, str):
+        return "", content
+    if "<tool_call>" in content:
+        return content, None
+    thought, calls = re.fullmatch(r"(\s*<think>.*?</think>)?(.*)", content, re.DOTALL).groups()
+    return (thought or "").strip(), calls if calls.strip() else None
+
+
+def read_assistant_message(message: dict, is_call_turn: bool, notices: Counter) -> dict:
+    content = take(message, "content", "value")
+    calls = None
+    if is_call_turn:
+        content, calls = split_call_turn(content)
+    text, thoughts = read_text(content, notices)
+    text = write_thoughts(take_thoughts(message) + thoughts, text)
+    tool_calls = read_calls(calls, notices) if has_content(calls) else []
+    for key in ("tool_calls", "function_call"):
+        more = message.pop(key, None)
+        if not has_content(more):
             continue
-        if role not in NEXT[previous]:
-            raise ValueError(f"a turn of {role} where {' or '.join(NEXT[previous])} is due")
-        if not text.strip():
-            raise ValueError(f"an empty turn of {role}")
-        messages.append({"role": role, "content": text})
+        more = read_calls(more, notices)
+        if not tool_calls:
+            tool_calls = more
+        elif render_calls(tool_calls) != render_calls(more):
+            raise ValueError(f'a turn with other calls in "{key}" than elsewhere')
+    if "<tool_call>" in text and tool_calls:
+        if not has_same_calls(text, tool_calls):
+            raise ValueError("a turn whose text contains other calls than its tool_calls")
+        tool_calls = []
+    return {"content": text, "tool_calls": tool_calls}
+
+
+def has_same_calls(text: str, calls: list[dict]) -> bool:
+    """Tell whether the <tool_call> blocks of a text are these calls."""
+    try:
+        in_text = [read_call(block, Counter()) for block in find_call_blocks(text)]
+    except (TypeError, ValueError, RecursionError):
+        return False
+    pairs = [(call["name"], json.loads(call["arguments"])) for call in calls]
+    return [(call["name"], json.loads(call["arguments"])) for call in in_text] == pairs
+
+
+def normalize_message(message: Any, notices: Counter) -> dict:
+    """Return an OpenAI-style message of text: {"role", "content", ...}.
+
+    An assistant message also has "tool_calls" and "train", a tool message "tool_call_id" and
+    "name", a system message the "tools" that it declares. Raises ValueError if it cannot be read.
+    """
+    if not isinstance(message, dict):
+        raise ValueError("a turn that is not an object with a role")
+    message = {key: value for key, value in message.items() if value is not None}
+    if "parts" in message:
+        raise ValueError('Gemini\'s "parts" are not a layout that is read')
+    spelled = take(message, "role", "from")
+    name = re.sub("[ -]", "_", str(spelled).strip().lower())
+    if name not in ROLES:
+        raise ValueError(f"unknown role {spelled!r}")
+    role = ROLES[name]
+    normalized = {"role": role}
+    may_carry_loss = take_loss_mark(message, role)
+    if role == "assistant":
+        normalized |= read_assistant_message(message, name in CALL_ROLES, notices)
+        normalized["train"] = may_carry_loss
+    elif role == "tool":
+        normalized["tool_call_id"] = take(message, "tool_call_id", "call_id")
+        normalized["name"] = take(message, "name")
+        normalized["content"] = read_result(take(message, "content", "value"), notices)
+    else:
+        normalized["content"], thoughts = read_text(take(message, "content", "value"), notices)
+        if thoughts:
+            raise ValueError(f"a thought in a turn with role {role}")
+    if role == "system":
+        normalized["tools"] = take_tools(message)
+    report_unread(message, f"message with role {role}", notices)
+    return normalized
+
+
+# ---- Layouts: each function returns the messages of a row and removes from it what it has read
+
+
+def read_openai(row: dict) -> list:
+    """{"messages": [{"role", "content", "tool_calls"}]}, as a list or as JSON text."""
+    return parse_nested(row.pop("messages"))
+
+
+def read_sharegpt(row: dict) -> list:
+    """{"conversations": [{"from", "value"}]}, as a list or as JSON text."""
+    return parse_nested(row.pop("conversations"))
+
+
+def read_xlam(row: dict) -> list:
+    """{"query", "answers": calls}, one question and the calls that answer it."""
+    calls = row.pop("answers")
+    return [
+        {"role": "user", "content": row.pop("query")},
+        {"role": "assistant", "tool_calls": calls},
+    ]
+
+
+def read_glaive(row: dict) -> list:
+    """{"system", "chat"}, two texts; the tools are JSON objects within the system text."""
+    system, tools = split_glaive_system(str(row.pop("system", "")))
+    if tools:
+        row.setdefault("tools", tools)
+    chat = row.pop("chat")
+    if not isinstance(chat, str):
+        raise ValueError('a "chat" that is not a text, as in Glaive v2')
+    pieces = re.split(r"^\s*(USER|ASSISTANT|FUNCTION RESPONSE):", chat, flags=re.MULTILINE)
+    if pieces[0].strip():
+        raise ValueError('a "chat" that does not begin with USER:, as in Glaive v2')
+    messages = [{"role": "system", "content": system}]
+    for speaker, text in zip(pieces[1::2], pieces[2::2], strict=True):
+        text = text.replace("<|endoftext|>", "").strip()
+        if speaker == "USER":
+            messages.append({"role": "user", "content": text})
+        elif speaker == "FUNCTION RESPONSE":
+            messages.append({"role": "tool", "content": text})
+        else:
+            text, *calls = text.split("<functioncall>")
+            calls = [read_glaive_call(call) for call in calls]
+            messages.append({"role": "assistant", "content": text.strip(), "tool_calls": calls})
+    return messages
+
+
+def split_glaive_system(text: str) -> tuple[str, list[dict]]:
+    """Return (system text without the tools, tools)."""
+    decoder = json.JSONDecoder()
+    text = text.strip().removeprefix("SYSTEM:")
+    tools = []
+    pieces = []
+    position = 0
+    start = text.find("{")
+    while start >= 0:
+        try:
+            tool, end = decoder.raw_decode(text, start)
+        except ValueError:  # a brace in the text
+            end = start + 1
+        else:
+            tools.append(tool)
+            pieces.append(text[position:start].rstrip())
+            position = end
+        start = text.find("{", end)
+    pieces.append(text[position:])
+    return "".join(pieces).strip(), tools
+
+
+def read_glaive_call(text: str) -> dict:
+    """Read {"name": "f", "arguments": '{"a": 1}'}: JSON, but for the single quotes."""
+    quoted = re.search(r'"arguments":\s*\'(.*)\'\s*}\s*$', text, re.DOTALL)
+    if not quoted:
+        return parse_literal(text)
+    return {**parse_literal(text[: quoted.start()] + '"arguments": null}'), "arguments": quoted[1]}
+
+
+# The keys of a row that choose its layout. A new layout is a function and a line here.
+LAYOUTS = {
+    ("messages",): read_openai,
+    ("conversations",): read_sharegpt,
+    ("query", "answers"): read_xlam,
+    ("chat",): read_glaive,
+}
+LAYOUT_NAMES = (
+    '"messages" (OpenAI), "conversations" (from/value), "query" and "answers" (xLAM, APIGen), '
+    '"system" and "chat" (Glaive v2)'
+)
+UNREAD_LAYOUTS = {
+    "contents": 'Gemini\'s "contents"',
+    "prompt": 'TRL\'s "prompt" and "completion"',
+    "chosen": 'preference pairs, "chosen" and "rejected"',
+    "instruction": 'Alpaca\'s "instruction" and "output"',
+    "text": 'plain "text"',
+}
+
+
+def read_messages(row: dict) -> list:
+    """Return a row's messages as its layout has them. Raises ValueError for an unread layout."""
+    for keys, read_layout in LAYOUTS.items():
+        if all(key in row for key in keys):
+            messages = read_layout(row)
+            if not isinstance(messages, list):
+                raise ValueError(f'no list of turns in "{keys[0]}"')
+            return messages
+    for key, layout in UNREAD_LAYOUTS.items():
+        if has_content(row.get(key)):
+            raise ValueError(f"{layout} is not a layout that is read")
+    raise ValueError("no layout that is read has these keys: " + (", ".join(row) or "none"))
+
+
+# ---- From a row to a record of the split
+
+
+class Conversation(NamedTuple):
+    """A normalized row."""
+
+    id: Any
+    messages: list[dict]  # as normalize_message returns them
+    tools: list[dict]
+    is_readable: bool  # whether all tools can be read
+
+
+def normalize_row(row: Any, notices: Counter) -> Conversation:
+    """Read a row of any layout. Raises ValueError if it is of no use."""
+    if not isinstance(row, dict):
+        raise ValueError("a row that is not an object")
+    row = {key: value for key, value in row.items() if value is not None}
+    row_id = take(row, "id")
+    messages = [normalize_message(message, notices) for message in read_messages(row)]
+    for key in SYSTEM_KEYS:
+        system = normalize_message({"role": "system", "content": row.pop(key, None)}, notices)
+        if system["content"].strip() and system["content"] != get_system_text(messages):
+            messages.insert(0, system)
+    sources = take_tools(row)
+    template_options = row.get("chat_template_kwargs")
+    if isinstance(template_options, dict):
+        row["chat_template_kwargs"] = dict(template_options)
+        sources += take_tools(row["chat_template_kwargs"])
+    for message in messages:
+        sources += message.get("tools", [])
+    report_unread(row, "row", notices)
+    prompt = itertools.takewhile(lambda m: m["role"] in ("system", "user"), messages)
+    prompt = "\n\n".join(message["content"] for message in prompt)
+    tools, is_readable = collect_tools(sources, prompt, notices)
+    return Conversation(row_id, messages, tools, is_readable)
+
+
+def take_tools(mapping: dict) -> list:
+    """Remove and return what is declared under any of TOOL_KEYS."""
+    return [mapping.pop(key) for key in TOOL_KEYS if has_content(mapping.get(key))]
+
+
+def get_system_text(messages: list[dict]) -> str:
+    texts = [message["content"] for message in messages if message["role"] == "system"]
+    return "\n\n".join(text for text in texts if text.strip())
+
+
+def order_results(results: list[dict], calls: list[dict], notices: Counter) -> list[dict]:
+    """Return tool messages in the order of their calls, which they name by id or by name."""
+    for call_key, result_key in (("id", "tool_call_id"), ("name", "name")):
+        ordered = []
+        for call in calls:
+            key = call[call_key]
+            ordered += [r for r in results if key is not None and str(r[result_key]) == str(key)]
+        if len(ordered) == len(results):
+            return ordered
+    if any(result["tool_call_id"] is not None for result in results):
+        notices["noticed", "results whose tool_call_id is not the id of a call"] += 1
+    return results
+
+
+def render_assistant(messages: list[dict]) -> dict:
+    """Join the messages of an assistant's turn, texts by a blank line, calls by a line break."""
+    joined = ""
+    for message in messages:
+        for text in (message["content"], render_calls(message["tool_calls"])):
+            if not text.strip():
+                continue
+            separator = "\n" if text.startswith("<tool_call>") else "\n\n"
+            joined += (separator if joined else "") + text
+    turn = {"role": "assistant", "content": joined}
+    if not all(message["train"] for message in messages):
+        turn["train"] = False
+    return turn
+
+
+def render_results(messages: list[dict]) -> dict:
+    blocks = []
+    for message in messages:
+        text = message["content"]
+        if "<tool_response>" not in text:
+            text = f"<tool_response>\n{text}\n</tool_response>"
+        blocks.append(text)
+    return {"role": "tool", "content": "\n".join(blocks)}
+
+
+# Which turn may follow which.
+FOLLOWERS = {
+    None: ["user"],
+    "user": ["assistant"],
+    "assistant": ["user", "tool"],
+    "tool": ["assistant"],
+}
+
+
+def render_turns(messages: list[dict], notices: Counter) -> list[dict]:
+    """Return the turns of a split, without system text and tools; neighbors are joined.
+
+    The chat template of function_calling_train.py renders OpenAI's messages in the same way.
+    """
+    turns = []
+    calls = []
+    previous = None
+    for role, group in itertools.groupby(messages, key=lambda message: message["role"]):
+        group = list(group)
+        if role == "system" and previous is None:
+            continue
+        if role not in FOLLOWERS[previous]:
+            expected = " or ".join(FOLLOWERS[previous])
+            raise ValueError(f"expected a turn with role {expected}, found role {role}")
+        if role == "assistant":
+            calls = [call for message in group for call in message["tool_calls"]]
+            turn = render_assistant(group)
+        elif role == "tool":
+            turn = render_results(order_results(group, calls, notices))
+        else:
+            texts = [message["content"] for message in group if message["content"].strip()]
+            turn = {"role": role, "content": "\n\n".join(texts)}
+        if not turn["content"].strip():
+            raise ValueError(f"an empty turn with role {role}")
+        turns.append(turn)
         previous = role
-    if len(messages) < 2:
-        raise ValueError("no turn of the model")
-    prompt = system_text + messages[0]["content"]
-    tools = read_tools(row.get("tools"), prompt)
-    parts = [system_text] if system_text.strip() else []
-    if tools not in (None, "[]") and "</tools>" not in prompt:
+    if not any(turn["role"] == "assistant" and turn.get("train", True) for turn in turns):
+        raise ValueError("no assistant turn to train on")
+    return turns
+
+
+def render_conversation(conversation: Conversation, before_request: str, notices: Counter) -> dict:
+    """Return the record of a normalized row: {"id", "messages", "tools"}."""
+    turns = render_turns(conversation.messages, notices)
+    system = get_system_text(conversation.messages)
+    names = [name for tool in conversation.tools for name in get_names(tool)]
+    tools = to_json(conversation.tools)
+    parts = [system] if system else []
+    if conversation.tools and not shows_tools(system + turns[0]["content"], names):
         parts.append(BEFORE_TOOLS + tools + AFTER_TOOLS)
     if parts:
-        messages[0]["content"] = "\n\n".join(parts) + before_request + messages[0]["content"]
-    return {"id": row.get("id"), "messages": messages, "tools": tools}
+        turns[0]["content"] = "\n\n".join(parts) + before_request + turns[0]["content"]
+    record = {"id": conversation.id, "messages": turns, "tools": tools}
+    if not conversation.is_readable:
+        record["tools"] = None
+    inspect_record(record, notices)
+    return record
 
 
-def find_faults(record):
-    """Name what tool parsers cannot read in a record: its tools, and each call that is no call."""
-    faults = ["tools that cannot be read"] if record["tools"] is None else []
-    said = "\n".join(m["content"] for m in record["messages"] if m["role"] == "assistant")
-    for call in re.findall(r"<tool_call>(.*?)(?:</tool_call>|\Z)", said, re.DOTALL):
-        try:
-            call = parse_literal(call)
-            is_call = isinstance(call["name"], str) and "parameters" not in call
-            if not is_call or not isinstance(call.get("arguments") or {}, dict):
-                raise ValueError
-        except (KeyError, TypeError, ValueError):
-            faults.append("calls that cannot be read")
-    return faults
+def convert_row(
+    row: Any, before_request: str = THINK_INSTRUCTION, notices: Counter | None = None
+) -> dict:
+    """Return the record of a row. Raises ValueError if the row is of no use."""
+    notices = Counter() if notices is None else notices
+    return render_conversation(normalize_row(row, notices), before_request, notices)
 
 
-def convert_rows(rows, before_request):
-    """Return the records of all rows, None for one that is dropped, and what was met where."""
-    records, met, ids = [], {"dropped": {}, "noticed": {}}, set()
+# ---- What a record is inspected for
+
+FOREIGN_CALLS = {
+    "ToolACE's [f(a=1)]": r"\s*\[\s*[A-Za-z_][\w .-]*\(.*\)\s*\]\s*\Z",
+    "bare JSON": r'\s*\[?\s*{(?=.*"name"\s*:)(?=.*"(arguments|args|parameters)"\s*:).*}\s*\]?\s*\Z',
+    "<functioncall>": r".*<functioncall>",
+    "<function_call>": r".*<function_calls?>",
+    "<function=...>": r".*<function=",
+    "<invoke>": r".*<invoke\b",
+    "<|tool_call>": r".*<\|tool_calls?(_begin|_start)?\|?>",
+    "<|python_tag|>": r".*<\|python_tag\|>",
+    "Mistral's [TOOL_CALLS]": r".*\[TOOL_CALLS\]",
+    "FunctionGemma's <start_function_call>": r".*<start_function_call>",
+    "a tool_code block": r".*```tool_c(ode|all)",
+    "ReAct's Action Input": r".*^Action Input:",
+}
+
+
+def find_call_blocks(text: str) -> list[str]:
+    return re.findall(r"<tool_call>(.*?)(?:</tool_call>|\Z)", text, re.DOTALL)
+
+
+def read_call_block(block: str) -> str:
+    """Return the name in a <tool_call> block. Raises ValueError if a parser could not read it."""
+    call = parse_literal(block)
+    if not isinstance(call, dict) or not isinstance(call.get("name"), str):
+        raise ValueError
+    others = [key for key in call if key not in ("name", "arguments") and has_content(call[key])]
+    arguments = call.get("arguments")
+    if "parameters" in call or (others and not has_content(arguments)):
+        raise ValueError
+    if has_content(arguments) and not isinstance(arguments, dict):
+        raise ValueError
+    return call["name"]
+
+
+def inspect_record(record: dict, notices: Counter) -> None:
+    """Count calls and turns that a user should look at."""
+    declared = json.loads(record["tools"]) if record["tools"] else []
+    names = {name for tool in declared for name in get_names(tool)}
+    for turn in record["messages"]:
+        if turn["role"] != "assistant":
+            continue
+        if not turn.get("train", True):
+            notices["noticed", "turns that carry no loss"] += 1
+        for block in find_call_blocks(turn["content"]):
+            try:
+                name = read_call_block(block)
+            except (TypeError, ValueError):
+                notices["noticed", "calls that cannot be read"] += 1
+                continue
+            if name not in names and record["tools"] is not None:
+                notices["noticed", "calls to a tool that the row does not declare"] += 1
+        text = re.sub("<tool_call>.*?(</tool_call>|\\Z)", "", turn["content"], flags=re.DOTALL)
+        for name, pattern in FOREIGN_CALLS.items():
+            if re.match(pattern, text, re.DOTALL | re.MULTILINE):
+                reason = f"turns that look like calls in a format that is not read: {name}"
+                notices["noticed", reason] += 1
+
+
+# ---- From rows to splits
+
+
+class Report:
+    """What was found in the rows of one dataset: how often, in how many rows, and where first."""
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+        self.num_kept = 0
+        self.found: dict[str, dict[str, dict[str, int]]] = {
+            "dropped": {},  # rows
+            "unread": {},  # content of rows that are kept
+            "noticed": {},  # used, but worth a look
+        }
+
+    def add(self, kind: str, reason: str, row_number: int, count: int = 1) -> None:
+        start = {"count": 0, "rows": 0, "first_row": row_number}
+        entry = self.found[kind].setdefault(reason, start)
+        entry["count"] += count
+        entry["rows"] += 1
+
+    def as_dict(self) -> dict:
+        num_rows = len(self.source.rows)
+        return {"rows_loaded": num_rows, "rows_kept": self.num_kept, **self.found}
+
+    def print(self) -> None:
+        num_rows = len(self.source.rows)
+        print(f"Rows        {num_rows:,} loaded from {self.source.name}, {self.num_kept:,} kept")
+        for kind, reasons in self.found.items():
+            for reason, entry in reasons.items():
+                where = f"first in row {entry['first_row']:,}"
+                if entry["count"] != entry["rows"]:
+                    where = f"in {entry['rows']:,} row{'s' * (entry['rows'] > 1)}, {where}"
+                print(f"  {kind:<9} {entry['count']:,}: {reason} ({where})")
+
+
+class Converted(NamedTuple):
+    record: dict
+    turns: str  # the conversation without its system text, to find repeated ones
+
+
+def convert_rows(rows: list, before_request: str, report: Report) -> list[Converted | None]:
+    """Convert all rows; None stands for a row that is dropped."""
+    converted = []
     for number, row in enumerate(rows, start=1):
+        notices = Counter()
         try:
-            record, kind = convert_row(row, before_request), "noticed"
+            conversation = normalize_row(row, notices)
+            record = render_conversation(conversation, before_request, notices)
             to_json(record).encode()
-            reasons = find_faults(record)
         except (TypeError, ValueError, RecursionError) as error:
-            record, kind, reasons = None, "dropped", [str(getattr(error, "reason", error))]
-        for reason in reasons:
-            met[kind].setdefault(reason, {"count": 0, "first_row": number})["count"] += 1
-        records.append(record)
-        if record:  # a prediction is traced back by its id, so no two rows share one
-            record["tools"] = record["tools"] or "[]"
-            record["id"] = f"row-{number}" if record["id"] in (None, "") else str(record["id"])
-            while record["id"] in ids:
-                record["id"] += f"-row-{number}"
-            ids.add(record["id"])
-    return records, met
+            reason = str(error)
+            if isinstance(error, UnicodeEncodeError):
+                reason = "text that is not valid Unicode (half of a surrogate pair)"
+            report.add("dropped", reason, number)
+            converted.append(None)
+            continue
+        for (kind, reason), count in notices.items():
+            report.add(kind, reason, number, count)
+        turns = to_json(render_turns(conversation.messages, Counter()))
+        converted.append(Converted(record, turns))
+    return converted
 
 
-def write_splits(records, info, args):
-    """Draw the split over all rows, leave out the dropped ones, and write the three files."""
+def check_repeated(
+    converted: list[Converted | None], seen: set[str], drop_duplicates: bool, report: Report
+) -> list[Converted | None]:
+    """Count the conversations that repeat one in `seen` or an earlier one; drop them if asked."""
+    checked = []
+    for number, item in enumerate(converted, start=1):
+        if item and item.turns in seen:
+            report.add(
+                "dropped" if drop_duplicates else "noticed", "repeated conversations", number
+            )
+            item = None if drop_duplicates else item
+        if item:
+            seen.add(item.turns)
+        checked.append(item)
+    return checked
+
+
+def make_ids_unique(converted: list[Converted | None], ids: set[str]) -> None:
+    """Give every record an id that no other one has: predictions are traced back by their id."""
+    for number, item in enumerate(converted, start=1):
+        if item is None:
+            continue
+        given = item.record["id"]
+        record_id = f"row-{number}" if given in (None, "") else str(given)
+        while record_id in ids:
+            record_id += f"-row-{number}"
+        ids.add(record_id)
+        item.record["id"] = record_id
+
+
+def draw_split(
+    converted: list[Converted | None], test_size: float, seed: int
+) -> dict[str, list[Converted | None]]:
+    """Draw the published split: over all rows that were read, the dropped ones included."""
     import datasets
 
-    drawn = datasets.Dataset.from_dict({"row": range(len(records))})
-    drawn = drawn.train_test_split(test_size=args.test_size, seed=args.seed)
-    texts, first_turns = {}, {}
-    for name, file in SPLIT_FILES.items():
-        split = [records[row] for row in drawn[name]["row"] if records[row]]
-        if not split:
-            raise ValueError(f"no row of {len(records)} is left for {name}: {[*info['dropped']]}")
-        said = [t["content"] for r in split for t in r["messages"] if t["role"] == "assistant"]
-        num_calls = sum("<tool_call>" in text for text in said)
-        texts[file] = "".join(to_json(record) + "\n" for record in split).encode()
-        info[name] = {
-            "file": file,
-            "sha256": hashlib.sha256(texts[file]).hexdigest(),
-            "conversations": len(split),
-            "tool_call_turns": num_calls,
-            "helpful_turns": len(said) - num_calls,
-        }
-        first_turns[name] = [record["messages"][0]["content"] for record in split]
-    seen = set(first_turns["train"])
-    info["test"]["same_first_user_turn_in_train"] = sum(t in seen for t in first_turns["test"])
+    rows = datasets.Dataset.from_dict({"row": range(len(converted))})
+    try:
+        drawn = rows.train_test_split(test_size=test_size, seed=seed)
+    except ValueError as error:
+        fail(f"--test-size {test_size} cannot be drawn from {len(rows)} rows: {error}")
+    return {name: [converted[row] for row in drawn[name]["row"]] for name in SPLIT_FILES}
+
+
+def check_splits(splits: dict[str, list[Converted]], reports: list[Report]) -> None:
+    """End the program if a split is empty, with the reasons why rows were dropped."""
+    reasons = "; ".join(reason for report in reports for reason in report.found["dropped"])
+    for name, items in splits.items():
+        if not items:
+            num_rows = sum(len(report.source.rows) for report in reports)
+            fail(
+                f"no row of {num_rows} is left for the {name} split of "
+                f"{reports[0].source.name}. Rows were dropped for: {reasons or 'no reason'}. "
+                f"The layouts that are read: {LAYOUT_NAMES}"
+            )
+
+
+def describe_split(records: list[dict]) -> dict[str, int]:
+    """Count the turns that carry loss in training and are queries in evaluation."""
+    turns = [turn for record in records for turn in record["messages"]]
+    said = [t["content"] for t in turns if t["role"] == "assistant" and t.get("train", True)]
+    num_calls = sum("<tool_call>" in text for text in said)
+    return {
+        "conversations": len(records),
+        "declare_tools": sum(record["tools"] != "[]" for record in records),
+        "tool_call_turns": num_calls,
+        "helpful_turns": len(said) - num_calls,
+    }
+
+
+def write_splits(splits: dict[str, list[Converted]], info: dict, folder: Path) -> None:
+    """Write the two splits and dataset_info.json or, if one cannot be written, nothing."""
+    texts = {}
+    for name, items in splits.items():
+        records = [item.record for item in items]
+        text = "".join(to_json(record) + "\n" for record in records).encode()
+        texts[SPLIT_FILES[name]] = text
+        digest = hashlib.sha256(text).hexdigest()
+        info[name] = {"file": SPLIT_FILES[name], "sha256": digest, **describe_split(records)}
+    in_train = {item.turns for item in splits["train"]}
+    info["test"]["also_in_train"] = sum(item.turns in in_train for item in splits["test"])
     texts["dataset_info.json"] = json.dumps(info, indent=2, ensure_ascii=False).encode() + b"\n"
-    args.output_dir.mkdir(parents=True, exist_ok=True)
-    for file, text in texts.items():
-        (args.output_dir / f"{file}.tmp").write_bytes(text)
-    for file in texts:
-        (args.output_dir / f"{file}.tmp").replace(args.output_dir / file)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, text in texts.items():
+            (folder / f"{name}.tmp").write_bytes(text)
+        for name in texts:
+            (folder / f"{name}.tmp").replace(folder / name)
+    except OSError as error:
+        fail(f"--output-dir {folder} cannot be written: {error.strerror}")
 
 
-def main(argv=None):
-    args = parse_args(argv)
-    source = {name: getattr(args, name) for name in ("dataset", "config", "split", "revision")}
-    prompt = {"before_tools": BEFORE_TOOLS, "after_tools": AFTER_TOOLS}
-    prompt["before_request"] = "\n\n" if args.no_think_instruction else THINK_INSTRUCTION
-    try:
-        rows, source["resolved_revision"] = load_rows(args)
-    except Exception as error:  # gzip, pyarrow, datasets and the hub raise errors of many kinds
-        reason = " ".join(f"{error} {error.__cause__ or ''}".split())
-        sys.exit(f"error: {args.dataset}: {reason or type(error).__name__}")
-    records, met = convert_rows(rows, prompt["before_request"])
-    kept = [record for record in records if record]
-    info = {"source": source, "seed": args.seed, "prompt": prompt}
-    info |= {"rows_loaded": len(records), "rows_kept": len(kept), **met}
-    try:
-        write_splits(records, info, args)
-    except (OSError, ValueError) as error:
-        sys.exit(f"error: {error}")
-    print(f"Rows        {len(records):,} loaded from {args.dataset}, {len(kept):,} kept")
-    for kind in met:
-        for what, at in met[kind].items():
-            print(f"  {kind}   {at['count']:,}: {what} (first in row {at['first_row']:,})")
+def print_summary(info: dict, reports: list[Report], output_dir: Path) -> None:
+    for report in reports:
+        report.print()
     for name in SPLIT_FILES:
-        counts = [f"{info[name][key]:,} {key.replace('_', ' ')}" for key in list(info[name])[2:]]
-        print(f"{name.title():<11} {', '.join(counts)}")
-    num_calls = info["train"]["tool_call_turns"] + info["test"]["tool_call_turns"]
-    if not num_calls and any(record["tools"] != "[]" for record in kept):
+        split = info[name]
+        print(
+            f"{name.title():<11} {split['conversations']:,} conversations, "
+            f"{split['tool_call_turns']:,} turns with calls, {split['helpful_turns']:,} others"
+        )
+    if num_repeated := info["test"]["also_in_train"]:
+        print(
+            f"warning: {num_repeated:,} of the test conversations are also in train, which raises "
+            "the scores. --drop-duplicates leaves repeated conversations out"
+        )
+    if any("not read" in reason for report in reports for reason in report.found["noticed"]):
+        print(f"warning: calls are kept as text there. The layouts that are read: {LAYOUT_NAMES}")
+    has_calls = any(info[name]["tool_call_turns"] for name in SPLIT_FILES)
+    declares_tools = any(info[name]["declare_tools"] for name in SPLIT_FILES)
+    if declares_tools and not has_calls:
         print("warning: tools are declared but no turn calls one: the model would learn not to")
-    train_file = args.output_dir / SPLIT_FILES["train"]
-    option = "" if args.output_dir == Path("processed_data") else f' --train-file "{train_file}"'
-    print(f"Next        python function_calling_train.py{option}")
+    command = ["python", "function_calling_train.py"]
+    if output_dir != DEFAULT_OUTPUT_DIR:
+        command += ["--train-file", str(output_dir / SPLIT_FILES["train"])]
+    print(f"Next        {shlex.join(command)}")
+
+
+def is_published_split(args: argparse.Namespace) -> bool:
+    """Tell whether the splits are those of the published figures, row for row."""
+    published = (DEFAULT_DATASET, DEFAULT_CONFIG, "train", DEFAULT_TEST_SIZE, DEFAULT_SEED)
+    given = (args.dataset, args.config, args.split, args.test_size, args.seed)
+    return given == published and not args.test_dataset and not args.drop_duplicates
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    before_request = "\n\n" if args.no_think_instruction else THINK_INSTRUCTION
+    seen: set[str] = set()
+    ids: set[str] = set()
+    reports = []
+    datasets_read = []
+    for source in load_sources(args):
+        report = Report(source)
+        converted = convert_rows(source.rows, before_request, report)
+        converted = check_repeated(converted, seen, args.drop_duplicates, report)
+        make_ids_unique(converted, ids)
+        report.num_kept = sum(item is not None for item in converted)
+        reports.append(report)
+        datasets_read.append(converted)
+    if args.test_dataset:
+        splits = dict(zip(SPLIT_FILES, datasets_read, strict=True))
+    elif reports[0].num_kept:
+        splits = draw_split(datasets_read[0], args.test_size, args.seed)
+    else:
+        splits = dict.fromkeys(SPLIT_FILES, [])
+    splits = {name: [item for item in items if item] for name, items in splits.items()}
+    check_splits(splits, reports)
+    info = {
+        "source": {name: getattr(args, name) for name in ("dataset", "config", "split", "revision")}
+        | {"resolved_revision": reports[0].source.revision},
+        "is_published_split": is_published_split(args),
+        "seed": args.seed,
+        "prompt": {
+            "before_tools": BEFORE_TOOLS,
+            "after_tools": AFTER_TOOLS,
+            "before_request": before_request,
+        },
+        **reports[0].as_dict(),
+    }
+    if args.test_dataset:
+        info["test_source"] = {
+            "dataset": args.test_dataset,
+            "resolved_revision": reports[1].source.revision,
+            **reports[1].as_dict(),
+        }
+    write_splits(splits, info, args.output_dir)
+    print_summary(info, reports, args.output_dir)
 
 
 if __name__ == "__main__":
     logging.captureWarnings(True)
-    logging.disable()  # what goes wrong in a library is told once, by its error
-    signal.signal(signal.SIGINT, lambda *_: sys.exit("interrupted: nothing is written"))
-    main()
+    logging.disable()  # errors of libraries are reported by explain_load_error
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("interrupted: nothing was written")

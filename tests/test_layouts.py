@@ -1,0 +1,732 @@
+"""Step 1: rows in the layouts of today's tools; nothing that a row says is lost silently."""
+
+import json
+from collections import Counter
+
+import datasets
+import pytest
+from conftest import SHARED, make_tool, write_rows
+from hypothesis import given
+from hypothesis import strategies as st
+
+import prepare_function_calling_dataset as prepare
+
+TOOL = make_tool("depth", "port")
+SHOWN = prepare.BEFORE_TOOLS + json.dumps([TOOL]) + prepare.AFTER_TOOLS + "\n\n"
+ASK = {"role": "user", "content": "How deep is Ulm?"}
+ANSWER = {"role": "assistant", "content": "9 metres."}
+
+
+def call(port="Ulm", name="depth", spelled=None):
+    """A call as a split has it; `spelled` is the arguments as JSON text."""
+    spelled = json.dumps({"port": port}, ensure_ascii=False) if spelled is None else spelled
+    return f'<tool_call>\n{{"name": "{name}", "arguments": {spelled}}}\n</tool_call>'
+
+
+def result(text):
+    return f"<tool_response>\n{text}\n</tool_response>"
+
+
+def tool_call(port="Ulm", call_id="1"):
+    function = {"name": "depth", "arguments": json.dumps({"port": port})}
+    return {"id": call_id, "type": "function", "function": function}
+
+
+def calls(*tool_calls, **message):
+    return {"role": "assistant", "content": None, "tool_calls": list(tool_calls), **message}
+
+
+def tool(content, call_id="1", **message):
+    return {"role": "tool", "tool_call_id": call_id, "content": content, **message}
+
+
+def row_of(*messages, **columns):
+    return {"messages": list(messages), **columns}
+
+
+def convert(row):
+    """Return the texts of a row's turns, and what is noticed."""
+    notices = Counter()
+    record = prepare.convert_row(row, "\n\n", notices)
+    return [turn["content"] for turn in record["messages"]], dict(notices)
+
+
+def texts(*messages, **columns):
+    """The texts of a row in which nothing is left unread."""
+    said, notices = convert(row_of(*messages, **columns))
+    assert not [reason for kind, reason in notices if kind == "unread"]
+    return said
+
+
+# ---- Thoughts
+
+THOUGHTS = [
+    {"reasoning_content": " Look. "},
+    {"reasoning": "Look."},
+    {"thinking": "Look."},
+    {"reasoning_content": "Look.", "reasoning": "Look."},
+    {"content": [{"type": "thinking", "thinking": "Look."}]},
+    {"content": [{"type": "reasoning", "text": "Look."}, {"type": "text", "text": ""}]},
+]
+
+
+@pytest.mark.parametrize("thought", THOUGHTS)
+def test_thoughts_are_written_before_the_call_of_their_turn(thought):
+    expected = ["How deep is Ulm?", "<think>Look.</think>\n" + call()]
+    assert texts(ASK, {**calls(tool_call()), **thought}) == expected
+
+
+def test_thoughts_are_written_before_a_text_once():
+    thought = {"reasoning_content": "Result: 9."}
+    assert texts(ASK, {**ANSWER, **thought})[1] == "<think>Result: 9.</think>\n9 metres."
+    written = {"role": "assistant", "content": "<think>Result: 9.</think>9 metres."}
+    assert texts(ASK, {**written, **thought})[1] == written["content"]
+    turn = {"from": "function_call", "value": '<think>\nLook.\n</think>\n{"name": "f"}'}
+    said, _ = convert({"conversations": [{"from": "human", "value": "Hi"}, turn]})
+    assert said[1] == "<think>\nLook.\n</think>\n" + call(name="f", spelled="{}")
+
+
+# ---- Tools
+
+TOOLS_ELSEWHERE = [
+    row_of(ASK, ANSWER, available_tools=[TOOL]),
+    row_of(ASK, ANSWER, functions=json.dumps([TOOL])),
+    row_of(ASK, ANSWER, tools_json=json.dumps([TOOL])),
+    row_of(ASK, ANSWER, tool_defs=[json.dumps(TOOL)]),
+    row_of(ASK, ANSWER, chat_template_kwargs={"tools": [TOOL]}),
+    row_of({"role": "system", "content": "", "tools": [TOOL]}, ASK, ANSWER),
+    row_of(ASK, ANSWER, tools=json.dumps(json.dumps([TOOL]))),
+    row_of(ASK, ANSWER, tools={"tools": [TOOL]}),
+    row_of(ASK, ANSWER, tools=[], functions=[TOOL]),
+    row_of(ASK, ANSWER, tools=[TOOL], functions=[TOOL]),
+]
+
+
+@pytest.mark.parametrize("row", TOOLS_ELSEWHERE)
+def test_tools_are_found_where_data_sets_keep_them(row):
+    notices = Counter()
+    record = prepare.convert_row(row, "\n\n", notices)
+    assert json.loads(record["tools"]) == [TOOL] and not notices
+    assert record["messages"][0]["content"] == SHOWN + "How deep is Ulm?"
+
+
+MENTIONS = [
+    "Signatures stand within <tools></tools> tags.",
+    "They are between <tools> and </tools>.",
+    "A line without an opening: </tools>",
+]
+
+
+@pytest.mark.parametrize("mention", MENTIONS)
+def test_a_mention_of_the_tags_does_not_switch_the_tools_off(mention):
+    system = {"role": "system", "content": mention}
+    assert texts(system, ASK, ANSWER, tools=[TOOL])[0] == f"{mention}\n\n{SHOWN}How deep is Ulm?"
+    asked = {"role": "user", "content": mention}
+    assert texts(asked, ANSWER, tools=[TOOL])[0] == SHOWN + mention
+
+
+@pytest.mark.parametrize("block", [json.dumps([TOOL]), "\ndepth(port: str)\n", json.dumps(TOOL)])
+def test_tools_that_the_prompt_shows_are_not_written_again(block):
+    system = {"role": "system", "content": f"<tools>{block}</tools>"}
+    said = texts(system, ASK, ANSWER, tools=[TOOL])[0]
+    assert said == f"<tools>{block}</tools>\n\nHow deep is Ulm?"
+
+
+UNREADABLE_TOOLS = ["depth(port)", [TOOL, "depth"], [{"depth": {"port": "string"}}], [7]]
+
+
+@pytest.mark.parametrize("tools", UNREADABLE_TOOLS)
+def test_tools_that_cannot_be_read_are_null_and_counted(tools):
+    """Null tells evaluation.py not to judge calls by the tools of this row."""
+    notices = Counter()
+    record = prepare.convert_row(row_of(ASK, calls(tool_call()), tools=tools), "\n\n", notices)
+    assert record["tools"] is None
+    (reason,) = notices
+    assert reason[0] == "noticed" and reason[1].startswith("tools that cannot be read")
+
+
+def test_empty_tools_are_no_tools():
+    for tools in ({}, [], [{}], "", "null", "[]", None):
+        assert prepare.convert_row(row_of(ASK, ANSWER, tools=tools))["tools"] == "[]"
+
+
+def test_calls_to_tools_that_are_declared_nowhere_are_counted():
+    undeclared = ("noticed", "calls to a tool that the row does not declare")
+    for tools, expected in (([TOOL], {}), ([make_tool("f", "x")], {undeclared: 1})):
+        assert convert(row_of(ASK, calls(tool_call()), tools=tools))[1] == expected
+    gemini = [{"function_declarations": [{"name": "f"}, {"name": "depth"}]}]
+    assert convert(row_of(ASK, calls(tool_call()), tools=gemini))[1] == {}
+
+
+# ---- Calls
+
+PORT = {"port": "Ulm"}
+CALLS = [
+    {"name": "depth", "args": PORT, "id": "c0", "type": "tool_call"},
+    {"name": "depth", "input": PORT},
+    {"type": "function", "function": {"name": "depth"}, "arguments": PORT},
+    {"type": "function", "function": {"name": "depth", "arguments": "{}"}, "args": None},
+    {"function": "depth", "arguments": '{"port": "Ulm"}'},
+    {"function": {"name": "depth", "arguments": json.dumps(json.dumps(PORT))}},
+    {"function": {"name": "depth", "arguments": "{'port': 'Ulm'}"}},
+    {"name": "depth", "arguments": PORT, "index": None},
+]
+
+
+@pytest.mark.parametrize("given", CALLS)
+def test_arguments_are_found_under_other_names_and_next_to_the_function(given):
+    expected = call(spelled="{}") if "'{}'" in str(given) else call()
+    assert texts(ASK, calls(given))[1] == expected
+    assert texts(ASK, {**calls(), "tool_calls": json.dumps([given])})[1] == expected
+
+
+def test_a_call_has_no_arguments_only_if_nothing_could_hold_them():
+    for function in ({"name": "f"}, {"name": "f", "arguments": ""}, {"name": "f", "args": {}}):
+        assert texts(ASK, calls({"function": function}))[1] == call(name="f", spelled="{}")
+
+
+BAD_CALLS = [
+    ({"function": {"arguments": PORT}}, "without a name"),
+    ({"type": "custom", "custom": {"name": "depth", "input": "Ulm"}}, 'type "custom"'),
+    ({"name": "depth", "port": "Ulm"}, '"port", but without "arguments"'),
+    ({"function": {"name": "depth", "kwargs": PORT}}, '"kwargs", but without "arguments"'),
+    ({"name": "depth", "parameters": PORT}, '"parameters", but without "arguments"'),
+    ({"name": "depth", "arguments": ["Ulm"]}, "arguments are not an object"),
+    ({"name": "depth", "arguments": "Ulm"}, "neither JSON nor Python"),
+    ({"function": {"name": "f", "arguments": {"a": 1}}, "args": {"a": 2}}, "in two places"),
+    ("depth", "neither JSON nor Python"),
+    (7, "not an object with a name"),
+]
+
+
+@pytest.mark.parametrize("given, reason", BAD_CALLS)
+def test_a_call_that_cannot_be_read_drops_its_row_and_never_becomes_an_empty_call(given, reason):
+    with pytest.raises(ValueError, match=reason):
+        convert(row_of(ASK, calls(given)))
+
+
+ESCAPES = [
+    (r'{"port": "Gr\u00f6\u00dfe \u6e2f"}', '{"port": "Größe 港"}'),
+    (r'{"port":"\uD83D\uDE00","n":null}', '{"port":"😀","n":null}'),  # spacing and null are kept
+    (r'{"port": "C:\\users \u0041\u002f"}', r'{"port": "C:\\users A/"}'),
+    (r'{"port": "\\\u00e9\\\\u00e9"}', r'{"port": "\\é\\\\u00e9"}'),
+    (r'{"port": "\u0022\u005c\u000a\ud800"}', r'{"port": "\u0022\u005c\u000a\ud800"}'),
+]
+
+
+@pytest.mark.parametrize("spelled, expected", ESCAPES)
+def test_json_arguments_are_written_in_plain_letters(spelled, expected):
+    assert json.loads(spelled) == json.loads(expected)
+    function = {"name": "depth", "arguments": spelled}
+    assert texts(ASK, calls({"function": function}))[1] == call(spelled=expected)
+
+
+def test_a_call_in_the_text_and_in_the_fields_is_written_once():
+    text = {"content": "I look.\n" + call()}
+    assert texts(ASK, calls(tool_call(), **text))[1] == "I look.\n" + call()
+    function = tool_call()["function"]
+    assert texts(ASK, calls(tool_call(), function_call=function))[1] == call()
+    for other in (
+        calls(tool_call("Kiel"), **text),
+        calls(tool_call(), function_call={"name": "f"}),
+    ):
+        with pytest.raises(ValueError, match="other calls"):
+            convert(row_of(ASK, other))
+
+
+def test_the_old_function_call_field_and_the_role_function():
+    turn = {"role": "assistant", "content": "I look.", "function_call": tool_call()["function"]}
+    done = {"role": "function", "name": "depth", "content": '{"metres": 9}'}
+    expected = ["How deep is Ulm?", "I look.\n" + call(), result('{"metres": 9}'), "9 metres."]
+    assert texts(ASK, turn, done, ANSWER) == expected
+
+
+FOREIGN = [
+    ("[depth(port='Ulm'), depth(port='Kiel')]", "ToolACE's"),
+    ('{"name": "depth", "arguments": {"port": "Ulm"}}', "bare JSON"),
+    ('<functioncall> {"name": "depth"}', "<functioncall>"),
+    ('[TOOL_CALLS] [{"name": "depth"}]', "Mistral's"),
+    ("<start_function_call>call:depth{}<end_function_call>", "FunctionGemma's"),
+]
+
+
+@pytest.mark.parametrize("text, name", FOREIGN)
+def test_text_that_looks_like_a_call_in_another_format_is_kept_and_counted(text, name):
+    said, notices = convert(row_of(ASK, {"role": "assistant", "content": text}))
+    ((kind, reason),) = notices
+    assert said[1] == text and kind == "noticed"
+    assert "look like calls in a format that is not read" in reason and name in reason
+
+
+def test_an_answer_in_json_is_not_taken_for_a_call():
+    said = {"role": "assistant", "content": '{"name": "Ulm", "depth": [9]} (see [1](x))'}
+    assert convert(row_of(ASK, said))[1] == {}
+
+
+# ---- Results
+
+RESULTS = [
+    (0, "0"),
+    (False, "false"),
+    ([], "[]"),
+    ({}, "{}"),
+    ({"metres": 9, "at": "Köln"}, '{"metres": 9, "at": "Köln"}'),
+    ([{"metres": 9}, 1.5], '[{"metres": 9}, 1.5]'),
+    ([{"type": "text", "text": "9"}, {"text": "deep"}], "9\ndeep"),
+    ([{"text": "9", "id": 1}], '[{"text": "9", "id": 1}]'),
+    ("9", "9"),
+    (None, ""),
+]
+
+
+@pytest.mark.parametrize("content, expected", RESULTS)
+def test_a_result_may_be_any_json_value(content, expected):
+    said = texts(ASK, calls(tool_call()), tool(content), ANSWER)
+    assert said[2] == result(expected)
+
+
+def test_results_follow_the_order_of_their_calls():
+    asked = calls(tool_call("Ulm", "a"), tool_call("Kiel", 7))
+    in_order = result("9") + "\n" + result("2")
+    for results in (
+        [tool("2", "7"), tool("9", "a")],
+        [tool("9", None), tool("2", None)],
+        [tool("9", "x"), tool("2", "x")],  # ids that say nothing
+    ):
+        assert texts(ASK, asked, *results, ANSWER)[2] == in_order
+    named = [{"function": {"name": "f"}}, {"function": {"name": "g"}}]
+    results = [{"role": "tool", "name": "g", "content": "2"}, {"role": "tool", "name": "f"}]
+    results[1]["content"] = "9"
+    assert texts(ASK, calls(*named), *results, ANSWER)[2] == in_order
+    _, notices = convert(row_of(ASK, calls(tool_call("Ulm", "a")), tool("9", "b"), ANSWER))
+    assert notices["noticed", "results whose tool_call_id is not the id of a call"] == 1
+
+
+def test_nulls_in_values_are_left_out_and_counted():
+    row = row_of(ASK, calls(tool_call()), tool({"metres": 9, "note": None}), ANSWER)
+    said, notices = convert(row)
+    assert said[2] == result('{"metres": 9}')
+    assert list(notices.values()) == [1, 1] and "null" in str(list(notices))
+
+
+# ---- Turns
+
+
+def test_neighboring_messages_are_one_turn():
+    system = [{"role": "system", "content": text} for text in ("Be brief.", "", "It is Monday.")]
+    asked = [{"role": "user", "content": "Hello."}, ASK]
+    said = [{"role": "assistant", "content": text} for text in ("One", "moment.")]
+    expected = ["Be brief.\n\nIt is Monday.\n\nHello.\n\nHow deep is Ulm?"]
+    expected += [f"One\n\nmoment.\n{call()}\n{call('Kiel')}", result("9")]
+    more = [calls(tool_call()), calls(tool_call("Kiel")), tool("9")]
+    assert texts(*system, *asked, *said, *more, ANSWER) == [*expected, "9 metres."]
+
+
+@pytest.mark.parametrize(
+    "roles", [("tool_call", "tool_response"), ("Function-Call", "environment")]
+)
+def test_calls_in_a_row_are_one_turn_and_results_in_a_row_too(roles):
+    turns = [("user", "Ulm and Kiel?")]
+    turns += [(roles[0], {"name": "depth", "arguments": {"port": p}}) for p in ("Ulm", "Kiel")]
+    turns += [(roles[1], "9"), (roles[1], "2"), ("assistant", "9 and 2.")]
+    as_text = [(role, x if isinstance(x, str) else json.dumps(x)) for role, x in turns]
+    expected = ["Ulm and Kiel?", call() + "\n" + call("Kiel"), result("9") + "\n" + result("2")]
+    for spelled in (turns, as_text):
+        said, _ = convert({"messages": [{"role": r, "content": x} for r, x in spelled]})
+        assert said == [*expected, "9 and 2."]
+
+
+@pytest.mark.parametrize(
+    "mark", [{"weight": 0}, {"train": False}, {"loss": False}, {"weight": 0.0}]
+)
+def test_a_turn_that_is_marked_carries_no_loss(mark):
+    row = row_of(
+        ASK, {**ANSWER, **mark}, ASK, {**ANSWER, "weight": 1}, {**ASK, "weight": 0}, ANSWER
+    )
+    notices = Counter()
+    messages = prepare.convert_row(row, notices=notices)["messages"]
+    assert [turn.get("train") for turn in messages] == [None, False, None, None, None, None]
+    assert notices == {("noticed", "turns that carry no loss"): 1}
+    joined = prepare.convert_row(row_of(ASK, {**ANSWER, **mark}, ANSWER, ASK, ANSWER))["messages"]
+    assert joined[1] == {"role": "assistant", "content": "9 metres.\n\n9 metres.", "train": False}
+    with pytest.raises(ValueError, match="no assistant turn to train on"):
+        convert(row_of(ASK, {**ANSWER, **mark}))
+
+
+def test_a_weight_that_is_neither_0_nor_1_is_named():
+    unread = ("unread", 'key "weight" of a message with role assistant')
+    assert convert(row_of(ASK, {**ANSWER, "weight": 0.5}))[1] == {unread: 1}
+
+
+def test_the_system_text_may_be_a_column_a_message_parts_or_all_of_them():
+    parts = [{"type": "text", "text": "Be"}, {"type": "text", "text": "brief."}]
+    assert texts(ASK, ANSWER, system=parts)[0] == "Be\nbrief.\n\nHow deep is Ulm?"
+    message = {"role": "system", "content": "Be kind."}
+    assert texts(message, ASK, ANSWER, system="Be kind.")[0] == "Be kind.\n\nHow deep is Ulm?"
+    both = texts(message, ASK, ANSWER, system=parts)[0]
+    assert both == "Be\nbrief.\n\nBe kind.\n\nHow deep is Ulm?"
+
+
+# ---- Raw data sets
+
+GLAIVE_SYSTEM = "SYSTEM: You are helpful. Use the functions if required -\n{}\n\n{}\n"
+GLAIVE_CHAT = (
+    "USER: How deep is Ulm?\n\n\nASSISTANT: I look. <functioncall> "
+    '{"name": "depth", "arguments": \'{"port": "Ulm", "why": "it\'s deep"}\'} <|endoftext|>\n\n\n'
+    'FUNCTION RESPONSE: {"metres": 9}\n\n\nASSISTANT: 9 metres.\nUSER: is a role. <|endoftext|>'
+)
+
+
+def test_a_raw_glaive_row():
+    system = GLAIVE_SYSTEM.format(json.dumps(TOOL, indent=4), json.dumps(make_tool("f", "x")))
+    row = {"system": system, "chat": GLAIVE_CHAT.replace("\nUSER: is", " USER: is")}
+    notices = Counter()
+    record = prepare.convert_row(row, "\n\n", notices)
+    assert json.loads(record["tools"]) == [TOOL, make_tool("f", "x")] and not notices
+    first, *said = [turn["content"] for turn in record["messages"]]
+    assert first.startswith("You are helpful. Use the functions if required -\n\n")
+    assert first.endswith("\n\nHow deep is Ulm?") and record["tools"] in first
+    arguments = json.dumps({"port": "Ulm", "why": "it's deep"})
+    expected = ["I look.\n" + call(spelled=arguments), result('{"metres": 9}')]
+    assert said == [*expected, "9 metres. USER: is a role."]
+
+
+def test_a_raw_xlam_row():
+    answers = [{"name": "depth", "arguments": {"port": port}} for port in ("Ulm", "Kiel")]
+    tools = [{"name": "depth", "parameters": {"port": {"type": "str"}}}]
+    for spell in (json.dumps, lambda value: value):
+        row = {"id": 7, "query": "Ulm?", "answers": spell(answers), "tools": spell(tools)}
+        record = prepare.convert_row(row, "\n\n")
+        said = [turn["content"] for turn in record["messages"]]
+        assert said[0].endswith("\n\nUlm?") and said[1] == call() + "\n" + call("Kiel")
+        assert json.loads(record["tools"]) == tools and record["id"] == 7
+
+
+NOT_READ = [
+    ({"contents": [{"role": "user", "parts": [{"text": "Hi"}]}]}, 'Gemini\'s "contents"'),
+    (row_of({"role": "user", "parts": [{"text": "Hi"}]}), 'Gemini\'s "parts"'),
+    (row_of(ASK, {**ANSWER, "content": [{"type": "tool_use", "name": "f"}]}), "Anthropic's"),
+    (row_of({**ASK, "content": [{"type": "tool_result", "content": "9"}]}), "Anthropic's"),
+    (row_of(ASK, {**ANSWER, "content": [{"toolUse": {"name": "f"}}]}), "Bedrock's"),
+    ({"prompt": [ASK], "completion": [ANSWER]}, "TRL's"),
+    ({"chosen": [ASK, ANSWER], "rejected": [ASK, ANSWER]}, "preference pairs"),
+    ({"instruction": "Hi", "output": "Hello"}, "Alpaca's"),
+]
+
+
+@pytest.mark.parametrize("row, name", NOT_READ)
+def test_a_layout_that_is_not_read_is_one_line_with_its_name_and_the_layouts(row, name, tmp_path):
+    source = write_rows(tmp_path / "rows.jsonl", [row] * 5)
+    with pytest.raises(SystemExit) as end:
+        prepare.main(["--dataset", str(source), "--output-dir", str(tmp_path / "out")])
+    message = end.value.code
+    assert message.startswith("error: ") and "\n" not in message and name in message
+    assert '"messages" (OpenAI)' in message and "Glaive v2" in message
+    assert not (tmp_path / "out").exists()
+
+
+# ---- The same conversation in every layout
+
+words = st.text("abcXYZ .,-é漢😀\"\\'", min_size=1, max_size=12).map(lambda text: f"w{text}w")
+values = st.recursive(
+    st.booleans() | st.integers() | words,
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(words, inner, max_size=2),
+    max_leaves=4,
+)
+drawn_calls = st.fixed_dictionaries(
+    {"name": st.sampled_from(["f", "g"]), "arguments": st.dictionaries(words, values, max_size=2)}
+)
+drawn_exchanges = st.fixed_dictionaries(
+    {
+        "user": words,
+        "calls": st.lists(st.tuples(drawn_calls, words), max_size=2),
+        "before": words | st.just(""),
+        "assistant": words,
+    }
+)
+conversations = st.fixed_dictionaries(
+    {"system": words | st.just(""), "exchanges": st.lists(drawn_exchanges, min_size=1, max_size=2)}
+)
+TOOLS = [make_tool("f", "x"), make_tool("g", "y")]
+
+
+def write_openai(conversation, as_text, is_reversed):
+    messages = [{"role": "system", "content": conversation["system"]}]
+    for exchange in conversation["exchanges"]:
+        messages.append({"role": "user", "content": exchange["user"]})
+        made, results = [], []
+        for number, (drawn, said) in enumerate(exchange["calls"]):
+            arguments = json.dumps(drawn["arguments"]) if as_text else drawn["arguments"]
+            function = {"name": drawn["name"], "arguments": arguments}
+            made.append({"id": f"c{number}", "type": "function", "function": function})
+            results.append(tool(said, f"c{number}"))
+        if made:
+            messages.append(calls(*made, content=exchange["before"]))
+            messages += reversed(results) if is_reversed else results
+        messages.append({"role": "assistant", "content": exchange["assistant"]})
+    return row_of(*messages, tools=TOOLS)
+
+
+def write_sharegpt(conversation):
+    turns = []
+    for exchange in conversation["exchanges"]:
+        turns.append(("human", exchange["user"]))
+        if exchange["calls"]:
+            turns.append(("gpt", exchange["before"]))
+        turns += [("function_call", json.dumps(drawn)) for drawn, _ in exchange["calls"]]
+        turns += [("observation", said) for _, said in exchange["calls"]]
+        turns.append(("gpt", exchange["assistant"]))
+    turns = [{"from": role, "value": value} for role, value in turns]
+    return {"conversations": turns, "system": conversation["system"], "tools": json.dumps(TOOLS)}
+
+
+def write_glaive(conversation):
+    system = f"SYSTEM: {conversation['system']}\n" + "\n".join(json.dumps(t) for t in TOOLS)
+    chat = ""
+    for exchange in conversation["exchanges"]:
+        chat += f"USER: {exchange['user']}\n\n\n"
+        for number, (drawn, _) in enumerate(exchange["calls"]):
+            before = exchange["before"] if number == 0 else ""
+            arguments = json.dumps(drawn["arguments"])
+            made = f'{{"name": "{drawn["name"]}", "arguments": \'{arguments}\'}}'
+            chat += f"ASSISTANT: {before} <functioncall> {made} <|endoftext|>\n\n\n"
+        for _, said in exchange["calls"]:
+            chat += f"FUNCTION RESPONSE: {said}\n\n\n"
+        chat += f"ASSISTANT: {exchange['assistant']} <|endoftext|>\n\n\n"
+    return {"system": system, "chat": chat}
+
+
+@given(conversations)
+def test_a_conversation_is_the_same_in_every_layout(conversation):
+    expected = prepare.convert_row(write_openai(conversation, as_text=True, is_reversed=False))
+    others = [write_openai(conversation, as_text, is_reversed=True) for as_text in (True, False)]
+    others += [write_sharegpt(conversation), write_glaive(conversation)]
+    for row in others:
+        notices = Counter()
+        assert prepare.convert_row(row, notices=notices) == expected
+        assert not notices
+
+
+@given(words, st.lists(drawn_calls, min_size=1, max_size=3))
+def test_a_question_and_its_calls_are_the_same_in_xlam_and_openai(query, made):
+    row = {"query": query, "answers": json.dumps(made), "tools": json.dumps(TOOLS)}
+    as_openai = row_of({"role": "user", "content": query}, calls(*made), tools=TOOLS)
+    assert prepare.convert_row(row) == prepare.convert_row(as_openai)
+
+
+# ---- No key of a row disappears
+
+keys = st.text(min_size=1, max_size=8).map(lambda text: f"x_{text}")
+contents = st.booleans() | st.integers() | st.text(min_size=1) | st.just([{"a": None}])
+extras = st.dictionaries(keys, contents, max_size=3)
+
+
+@given(st.lists(extras, min_size=5, max_size=5))
+def test_every_key_that_is_not_read_is_named(drawn):
+    in_row, in_message, in_call, in_function, in_part = drawn
+    part = {"type": "text", "text": "How deep?", **in_part}
+    function = {**tool_call()["function"], **in_function}
+    row = row_of(
+        {"role": "user", "content": [part]},
+        calls({**tool_call(), "function": function, **in_call}),
+        tool("9"),
+        {**ANSWER, **in_message},
+        **in_row,
+    )
+    _, notices = convert(row)
+    unread = {reason for kind, reason in notices if kind == "unread"}
+    expected = set()
+    for place, extra in (
+        ("row", in_row),
+        ("message with role assistant", in_message),
+        ("call", {**in_call, **in_function}),
+        ("content part", in_part),
+    ):
+        expected |= {f"key {json.dumps(k, ensure_ascii=False)} of a {place}" for k in extra}
+    assert unread == expected
+
+
+# ---- Whole files
+
+
+def run(source, folder, *options):
+    """Run step 1 in this process; return its records by split, and dataset_info.json."""
+    prepare.main(["--dataset", str(source), "--output-dir", str(folder), *map(str, options)])
+    records = {}
+    for name, file in prepare.SPLIT_FILES.items():
+        lines = (folder / file).read_text("utf-8").splitlines()
+        records[name] = [json.loads(line) for line in lines]
+    return records, json.loads((folder / "dataset_info.json").read_text("utf-8"))
+
+
+def numbered(*numbers):
+    return [row_of({"role": "user", "content": f"Hello {n}"}, dict(ANSWER), id=n) for n in numbers]
+
+
+def test_the_summary_counts_rows_and_names_the_first(tmp_path, capsys):
+    rows = numbered(*range(8))
+    rows[3]["mood"] = "good"
+    rows[5]["mood"] = rows[5]["messages"][1]["mood"] = "bad"
+    rows[6]["messages"][1]["content"] = call() + call()
+    _, info = run(write_rows(tmp_path / "rows.jsonl", rows), tmp_path / "out")
+    printed = capsys.readouterr().out
+    assert '  unread    2: key "mood" of a row (first in row 4)\n' in printed
+    assert (
+        '  unread    1: key "mood" of a message with role assistant (first in row 6)\n' in printed
+    )
+    undeclared = "calls to a tool that the row does not declare"
+    assert f"  noticed   2: {undeclared} (in 1 row, first in row 7)\n" in printed
+    assert info["noticed"][undeclared] == {"count": 2, "rows": 1, "first_row": 7}
+    assert info["is_published_split"] is False
+
+
+def test_repeated_conversations_are_counted_or_dropped(tmp_path, capsys):
+    rows = numbered(*range(10), 0, 1)
+    rows[10]["system"] = "The system text does not count."
+    source = write_rows(tmp_path / "rows.jsonl", rows)
+    records, info = run(source, tmp_path / "out")
+    assert info["noticed"] == {"repeated conversations": {"count": 2, "rows": 2, "first_row": 11}}
+    asked = {name: [r["messages"][0]["content"] for r in records[name]] for name in records}
+    said = {name: {text.split("Hello ")[1] for text in asked[name]} for name in asked}
+    num_shared = sum(text.split("Hello ")[1] in said["train"] for text in asked["test"])
+    assert info["test"]["also_in_train"] == num_shared
+    records, info = run(source, tmp_path / "out", "--drop-duplicates")
+    assert info["dropped"] == {"repeated conversations": {"count": 2, "rows": 2, "first_row": 11}}
+    ids = sorted(int(record["id"]) for name in records for record in records[name])
+    assert ids == list(range(10)) and info["test"]["also_in_train"] == 0
+    assert "also in train" not in capsys.readouterr().out.split("Rows")[-1]
+
+
+def test_a_test_set_of_the_users_own(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    train = write_rows(tmp_path / "rows.jsonl", numbered(1, 2, 3))
+    test = write_rows(tmp_path / "held_out.jsonl", numbered(3, 4))
+    records, info = run(train, tmp_path / "out", "--test-dataset", test)
+    assert [record["id"] for record in records["train"]] == ["1", "2", "3"]
+    assert [record["id"] for record in records["test"]] == ["3-row-1", "4"]
+    assert info["test"]["also_in_train"] == 1
+    assert info["test_source"]["dataset"] == str(test) and info["test_source"]["rows_kept"] == 2
+    printed = capsys.readouterr().out
+    assert (
+        f"Rows        2 loaded from {test}, 2 kept" in printed and "1 of the test conv" in printed
+    )
+    records, _ = run(train, tmp_path / "out", "--test-dataset", test, "--drop-duplicates")
+    assert [record["id"] for record in records["test"]] == ["4"]
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    train.rename(folder / "train.jsonl")
+    test.rename(folder / "validation.jsonl")
+    for options in (["--test-dataset", "validation"], ["--test-dataset", folder]):
+        records, _ = run(folder, tmp_path / "out", *options)
+        assert len(records["train"]) == 3
+    assert [record["id"] for record in records["test"]] == ["1-row-1", "2-row-2", "3-row-3"]
+
+
+BAD_TESTS = [
+    (["--test-dataset", "validation"], "is a file without splits"),
+    (["--test-dataset", "absent.jsonl"], "absent.jsonl: no such file"),
+    (["--test-size", "1.5"], "--test-size 1.5 cannot be drawn from 3 rows"),
+]
+
+
+@pytest.mark.parametrize("options, words", BAD_TESTS)
+def test_a_test_set_that_cannot_be_had_is_one_line(options, words, tmp_path):
+    source = write_rows(tmp_path / "rows.jsonl", numbered(1, 2, 3))
+    with pytest.raises(SystemExit, match=f"^error: [^\n]*{words}[^\n]*$"):
+        run(source, tmp_path / "out", *options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_options_that_would_have_no_effect_are_refused(capsys):
+    with pytest.raises(SystemExit):
+        prepare.parse_args(["--test-dataset", "x.jsonl", "--seed", "1"])
+    assert "--test-dataset replaces" in capsys.readouterr().err
+
+
+# ---- The small files that users' tools produce
+
+QUITO = call("Quito", "harbour_depth")
+ULM = call("Ulm", "harbour_depth")
+SAID = "The harbour of Quito is 9 metres deep."
+NINE = result('{"metres": 9}')
+OSLO = call(name="get_weather", spelled='{"city": "Oslo"}')
+DEGREES = result('{"degrees": 0}')
+IT_IS = "It is 0 degrees in Oslo."
+CASES = {  # the turns of the first row after the user's first one
+    "good": [OSLO, DEGREES, IT_IS],
+    "c01_sharegpt_function_call": [OSLO, DEGREES, IT_IS],
+    "c02_openai_messages": [OSLO, DEGREES, IT_IS],
+    "c04_system_column": [OSLO, DEGREES, IT_IS],
+    "c05_tools_column_only": [OSLO, DEGREES, IT_IS],
+    "c06_arrow_nulls": [OSLO, DEGREES, IT_IS],
+    "c07_tools_list_of_strings": [OSLO, DEGREES, IT_IS],
+    "c08_type_dict": [OSLO, DEGREES, IT_IS],
+    "c10_empty_system": [OSLO, DEGREES, IT_IS],
+    "c18_no_arguments": ['<tool_call>\n{"name": "now"}\n</tool_call>', result("12:00"), "Noon."],
+    "r01_reasoning_content": [
+        "<think>The depth of Quito is not known to me, the tool knows it.</think>\n" + QUITO,
+        NINE,
+        "<think>The result says 9.</think>\n" + SAID,
+    ],
+    "r02_available_tools": [QUITO, NINE, SAID],
+    "r02_functions": [QUITO, NINE, SAID],
+    "r03_weight": ["WRONG no idea about Quito.", "Use the tool.", QUITO, NINE, SAID],
+    "r05_langchain_args": [QUITO, NINE, SAID],
+    "r06_tool_content_object": [QUITO, NINE, SAID],
+    "r06_tool_content_zero": [QUITO, result("0"), SAID],
+    "r07b_input_schema_only": [QUITO, NINE, SAID],
+    "r08_swift_roles": [QUITO + "\n" + ULM, NINE + "\n" + result('{"metres": 2}'), SAID],
+    "r10_text_then_call": ["One moment.\n" + QUITO, NINE, "9 metres."],
+    "r12_tools_mentioned": ["<think>\nLook.\n</think>\n" + QUITO, NINE, "9 metres."],
+    "r13_results_out_of_order": [
+        QUITO + "\n" + ULM,
+        NINE + "\n" + result('{"metres": 2}'),
+        "Quito: 9 metres, Ulm: 2 metres.",
+    ],
+    "r14_xlam_raw": [QUITO],
+    "r16_unicode_escapes": [call("Größe-Quito 港口", "harbour_depth"), NINE, SAID],
+    "r17_two_systems": [QUITO, NINE, SAID],
+    "r21_int_ids": [QUITO, NINE, SAID],
+    "r23_flat_parameters": [QUITO, NINE, SAID],
+    "r34_glaive_raw": [
+        QUITO,
+        result('{"metres": 3}'),
+        "The harbour of Quito is 3 metres deep.",
+        "Thank you.",
+        "You're welcome.",
+    ],
+    "r35_system_parts": [QUITO, NINE, SAID],
+}
+CASE_SYSTEMS = {
+    "c02_openai_messages": "You can call tools.\n\nYou are a function calling AI model.",
+    "r12_tools_mentioned": "You are a function calling model.",
+    "r17_two_systems": "Be brief.\n\nToday is Monday.\n\nYou are a function calling AI model.",
+    "r34_glaive_raw": "You are a helpful assistant with access to",
+    "r35_system_parts": "Be brief.\n\nYou are a function calling AI model.",
+}
+CASE_NOTICES = {
+    "r02_available_tools": ['key "uuid" of a row'],
+    "r02_functions": ['key "uuid" of a row'],
+    "r03_weight": ['key "parallel_tool_calls" of a row', "turns that carry no loss"],
+    "r05_langchain_args": ["results whose tool_call_id is not the id of a call"],
+    "r16_unicode_escapes": ["results whose tool_call_id is not the id of a call"],
+}
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason=f"{SHARED}/cases is not there")
+@pytest.mark.parametrize("name", CASES)
+def test_a_file_that_users_tools_produce(name, tmp_path):
+    source = SHARED / "cases" / f"{name}.jsonl"
+    records, info = run(source, tmp_path)
+    num_rows = len(source.read_text().splitlines())
+    assert (info["rows_loaded"], info["rows_kept"], info["dropped"]) == (num_rows, num_rows, {})
+    assert [*info["unread"], *info["noticed"]] == CASE_NOTICES.get(name, [])
+    row = json.loads(source.read_text().splitlines()[0])
+    record = prepare.convert_row(row, "\n\n")
+    first, *said = [turn["content"] for turn in record["messages"]]
+    assert said == CASES[name]
+    assert len(json.loads(record["tools"])) == 1 and record["tools"].count("null") <= 1
+    assert first.count(f"<tools>\n{record['tools']}\n</tools>") + first.count("<tools>[") == 1
+    assert first.startswith(CASE_SYSTEMS.get(name, ("You are a function", "You may call")))
+    marks = [turn.get("train", True) for turn in record["messages"]]
+    assert marks.count(False) == (name == "r03_weight")
