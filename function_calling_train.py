@@ -58,22 +58,25 @@ CHAT_TEMPLATE = r"""
     {%- endif -%}
 {%- endmacro -%}
 
+{#- Some engines cannot write a character by its number, and then keep control characters. #}
 {%- macro json(value) -%}
-    {%- set written = namespace(text=json_of(value)) -%}
-    {%- for character, escape in CONTROL_CHARACTERS -%}
-        {%- set written.text = written.text | replace(character, escape) -%}
+    {%- set written = namespace(text=json_of(value) | replace('\n', '\\n') | replace('\r', '\\r')
+        | replace('\t', '\\t') | replace('\b', '\\b') | replace('\f', '\\f')) -%}
+    {%- for code in range(32) if '%c' | format(65) == 'A' -%}
+        {%- set escape = '\\u%04x' | format(code) -%}
+        {%- set written.text = written.text | replace('%c' | format(code), escape) -%}
     {%- endfor -%}
     {{- written.text -}}
 {%- endmacro -%}
 
-{#- JSON text with the characters that its \u escapes stand for, as write_plain_letters of step 1 #}
+{#- Replaces the escapes of JSON text by their characters, as write_plain_letters of step 1 does. #}
 {%- macro plain_letters(json_text) -%}
     {%- set written = namespace(text='', high=0) -%}
     {%- for run in json_text.split('\\\\') -%}
         {%- set written.text = written.text + ('' if loop.first else '\\\\') -%}
         {%- for piece in run.split('\\u') -%}
-            {%- set code = -1 if loop.first else piece[:4] | int(-1, 16) -%}
-            {%- set next_code = loop.nextitem[:4] | int(-1, 16) if not loop.last else -1 -%}
+            {%- set code = 0 if loop.first else piece[:4] | int(0, 16) -%}
+            {%- set next_code = 0 if loop.last else loop.nextitem[:4] | int(0, 16) -%}
             {%- set is_low = 56320 <= code and code <= 57343 -%}
             {%- set is_surrogate = 55296 <= code and code <= 57343 -%}
             {%- if loop.first -%}
@@ -158,7 +161,7 @@ CHAT_TEMPLATE = r"""
         {{- ', "arguments": ' -}}
         {%- if given is not string -%}
             {{- json(given) -}}
-        {%- elif '\\u' in given -%}
+        {%- elif '\\u' in given and '%c' | format(65) == 'A' -%}
             {{- plain_letters(given | trim) -}}
         {%- else -%}
             {{- given | trim or '{}' -}}
@@ -384,13 +387,11 @@ def make_template(
     added = tokenizer.added_tokens_decoder.values()
     control_tokens = {token.content for token in added if token.special}
     control_tokens |= set(tokenizer.all_special_tokens)
-    characters = [chr(code) for code in range(32)]
     filled_in = {
         "BEFORE_TOOLS": wording["before_tools"],
         "AFTER_TOOLS": wording["after_tools"],
         "BEFORE_REQUEST": wording["before_request"],
         "CONTROL_TOKENS": [[t, f"{t[:-1]} {t[-1]}"] for t in sorted(control_tokens)],
-        "CONTROL_CHARACTERS": [[c, json.dumps(c)[1:-1]] for c in characters],
     }
     template = CHAT_TEMPLATE.replace("MODEL_TURN", MODEL_TURNS[use])
     for name, value in filled_in.items():
