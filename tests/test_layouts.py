@@ -5,7 +5,7 @@ from collections import Counter
 
 import datasets
 import pytest
-from conftest import SHARED, make_tool, write_rows
+from conftest import SHARED, make_tool, run_here, write_rows
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -730,3 +730,47 @@ def test_a_file_that_users_tools_produce(name, tmp_path):
     assert first.startswith(CASE_SYSTEMS.get(name, ("You are a function", "You may call")))
     marks = [turn.get("train", True) for turn in record["messages"]]
     assert marks.count(False) == (name == "r03_weight")
+
+
+# ---- Each layout goes through all three steps
+
+LAYOUT_WRITERS = {
+    "openai": lambda conversation: write_openai(conversation, as_text=True, is_reversed=True),
+    "sharegpt": write_sharegpt,
+    "glaive": write_glaive,
+    "xlam": lambda conversation: {
+        "query": conversation["exchanges"][0]["user"],
+        "answers": json.dumps([drawn for drawn, _ in conversation["exchanges"][0]["calls"]]),
+        "tools": json.dumps(TOOLS),
+    },
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", LAYOUT_WRITERS)
+def test_each_layout_is_trained_on_and_evaluated(layout, tmp_path, tiny_model):
+    """One optimizer step, then an evaluation of the adapter on every test query."""
+    rows = []
+    for number in range(20):
+        made = [({"name": "f", "arguments": {"x": f"{number}"}}, f"{number} metres")]
+        exchange = {"user": f"How deep is {number}?", "calls": made, "before": ""}
+        exchange["assistant"] = f"It is {number} metres deep."
+        rows.append(LAYOUT_WRITERS[layout]({"system": "Be brief.", "exchanges": [exchange]}))
+    source = write_rows(tmp_path / "rows.jsonl", rows)
+    options = ["--model", tiny_model, "--max-steps", "1", "--dtype", "float32"]
+    commands = [
+        ["prepare_function_calling_dataset.py", "--dataset", source],
+        ["function_calling_train.py", *options],
+        ["evaluation.py", "--model", tiny_model, "--max-new-tokens", "8", "--dtype", "float32"],
+    ]
+    for command in commands:
+        process = run_here(*command, cwd=tmp_path)
+        assert process.returncode == 0, process.stderr
+    test_file = tmp_path / "processed_data" / prepare.SPLIT_FILES["test"]
+    records = [json.loads(line) for line in test_file.read_text().splitlines()]
+    said = [t for r in records for t in r["messages"] if t["role"] == "assistant"]
+    assert len(records) == 4 and len(said) == (4 if layout == "xlam" else 8)
+    (path,) = (tmp_path / "evaluation_results").glob("*/*/metrics.json")
+    metrics = json.loads(path.read_text())
+    assert metrics["queries"] == len(said)
+    assert metrics["scores"]["function_calling"]["n"] == 4
