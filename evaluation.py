@@ -1617,6 +1617,7 @@ def plot_scores(columns: dict[str, dict], title: str, path: Path) -> None:
     metrics = [metric for metric in MAIN_METRICS if any(metric in c for c in columns.values())]
     height = 0.8 / len(columns)
     figure = Figure(figsize=(8, 1.2 + 0.55 * len(metrics) * len(columns)), layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.08)
     axes = figure.subplots()
     for number, (label, scores) in enumerate(columns.items()):
         measured = [metric for metric in metrics if metric in scores]
