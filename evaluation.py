@@ -34,6 +34,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
+from urllib.parse import urlsplit
 
 import numpy
 from jsonschema import Draft202012Validator, FormatChecker, ValidationError
@@ -54,7 +55,7 @@ DEFAULT_MAX_NEW_TOKENS = 256  # as published
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
 
-    group = parser.add_argument_group("what is evaluated")
+    group = parser.add_argument_group("model")
     group.add_argument(
         "--model",
         default=DEFAULT_MODEL,
@@ -200,6 +201,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--server and --server-model must be given together")
     if args.server and not args.server.startswith(("http://", "https://")):
         parser.error(f"--server {args.server} must start with http:// or https://")
+    if args.server and "@" in urlsplit(args.server).netloc:
+        parser.error("--server must not contain a password. Set OPENAI_API_KEY instead.")
     if args.revision and Path(args.model).expanduser().is_dir():
         parser.error(f"--revision has no effect: --model {args.model} is a local folder")
     without_effect = [
@@ -747,8 +750,8 @@ BASELINE = "baseline"  # names of results folders
 FINE_TUNED = "fine-tuned"
 RESULT_FILES = ["metrics.json", "scores.png", "comparison*.png"]  # of a report
 
-# The keys of run.json that identify a run, as messages call them. Where a second key is named, it
-# holds what a reader can recognize.
+# The keys of run.json that identify a run: how messages call them, and the key whose value a reader
+# recognizes, where that is another one.
 RUN_KEYS = {
     "source": ("source", None),
     "model_path": ("--model", None),
@@ -892,6 +895,7 @@ def describe_run(args: argparse.Namespace) -> dict:
         run["prompt_sha256"] = hashlib.sha256(wording.encode()).hexdigest()
     if args.server:
         run["served_model"] = args.server_model
+        run["server"] = args.server.partition("?")[0]
     elif args.predictions:
         run["predictions"] = str(args.predictions)
         if args.predictions.is_file():
@@ -914,18 +918,16 @@ def read_run(results_dir: Path) -> dict:
         return dict(json.loads(path.read_text(encoding="utf-8")))
 
 
-def find_changes(run: dict, earlier: dict) -> list[str]:
-    """The keys in which two runs differ; a key that one of them does not record is left out."""
-    both = [key for key in RUN_KEYS if run.get(key) is not None and earlier.get(key) is not None]
-    return [key for key in both if run[key] != earlier[key]]
-
-
 def check_same_run(run: dict, results_dir: Path) -> None:
-    """End the program if existing results were made in another way than the flags say."""
+    """End the program if existing results were made in another way than the flags say.
+
+    What one of the two does not record is not compared.
+    """
     earlier = read_run(results_dir)
     changes = []
-    for key in find_changes(run, earlier):
-        name, shown = RUN_KEYS[key]
+    for key, (name, shown) in RUN_KEYS.items():
+        if None in (run.get(key), earlier.get(key)) or run[key] == earlier[key]:
+            continue
         before = earlier.get(shown or key)
         now = run.get(shown or key)
         if before == now or key == "prompt_sha256":
@@ -1052,7 +1054,7 @@ def load_for_generation(
 
 # ---- Judge: calls and tools
 
-# How data sets write the types of JSON Schema. "any" stands for no type at all.
+# How data sets write the types of JSON Schema. "any" means that any type is right.
 TYPE_NAMES = {
     **dict.fromkeys(["dict", "map"], "object"),
     **dict.fromkeys(["list", "tuple", "set"], "array"),
@@ -1126,7 +1128,7 @@ def parse_calls(text: str) -> list[dict] | None:
     try:
         blocks = re.findall("<tool_call>(.*?)</tool_call>", text, re.DOTALL)
         return [read_call(block) for block in blocks]
-    except Exception:  # there is no complete list of the errors that literal_eval raises
+    except Exception:  # literal_eval raises errors of many undocumented kinds
         return None
 
 
@@ -1189,7 +1191,7 @@ def read_tools(tools_text: str | None) -> dict[str, dict | None] | None:
             try:  # formats, and with them patterns, are not checked
                 schema = read_parameters(function)
                 Draft202012Validator.check_schema(schema, FormatChecker(()))
-            except Exception:  # there is no complete list of what bad schemas make it raise
+            except Exception:  # bad schemas make it raise errors of many kinds
                 schema = None
             tools.setdefault(str(function.get("name")), schema)
     except (TypeError, ValueError, AttributeError, RecursionError):
@@ -1258,7 +1260,7 @@ def list_objects(value: Any) -> Iterator[dict]:
 
 
 def find_problems(call: dict, tools: dict[str, dict | None] | None) -> list[str] | None:
-    """List what is wrong with a call according to the declared tools; None if it is unchecked."""
+    """List the problems of a call according to the declared tools; None if it is unchecked."""
     if tools is None:
         return None
     if call["name"] not in tools:
@@ -1374,7 +1376,7 @@ def text_key(query: dict) -> tuple:
 def compare_with_train(queries: list[dict], test_file: Path) -> set[str] | None:
     """Mark each query with "is_repeated": prompt and reference are also in the train split.
 
-    Returns the names of all tools in the train split, or None if there is no train split.
+    Returns the names of all tools in the train split, or None without a train split.
     """
     train_file = test_file.with_name("function_calling_train.jsonl")
     if not train_file.is_file():
@@ -1497,12 +1499,13 @@ REMARKABLE = ["model_path", "commit", "dtype"]
 
 @dataclasses.dataclass
 class Comparison:
-    """The run to compare with, and what it shares with the run being reported."""
+    """The run to compare with, and the queries that it shares with the run being reported."""
 
     folder: Path
     label: str
     conditions: list[str]  # what differs and forbids a difference, in words
     remarks: list[str]  # what else differs, in words
+    is_limit_unknown: bool  # predictions made elsewhere do not tell their --max-new-tokens
     ours: list[dict]  # judged turns of the queries that both runs answered
     theirs: list[dict]
 
@@ -1533,7 +1536,7 @@ def describe_value(run: dict, key: str) -> str:
 def compare_runs(
     run: dict, turns: dict, results_dir: Path, folder: Path, queries: list[dict], seen: set | None
 ) -> Comparison:
-    """Judge the predictions of another run on the same queries, and list how the runs differ."""
+    """Judge another run's predictions on the same queries, and list how the two runs differ."""
     theirs = read_run(folder)
     lists = []
     for keys in (CONDITIONS, REMARKABLE):
@@ -1553,6 +1556,7 @@ def compare_runs(
         label=str(folder) if has_same_name else folder.name,
         conditions=lists[0],
         remarks=lists[1],
+        is_limit_unknown="predictions file" in (run["source"], theirs.get("source")),
         ours=[turns[key] for key in both],
         theirs=[judged[key] for key in both],
     )
@@ -1704,7 +1708,8 @@ def report_results(
     path.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
     picture = draw_report(results_dir, run, turns, comparison, not args.compare_with)
 
-    print(f"Results     {results_dir}/, {len(turns):,} of {len(queries):,} queries answered")
+    num_answered = len(turns) - metrics["failures"]["failed"]
+    print(f"Results     {results_dir}/, {num_answered:,} of {len(queries):,} queries answered")
     print(f"Picture     {picture}")
     print_comparison(comparison)
     published = PUBLISHED.get(run["model"]) if run.get("is_published_split") else None
@@ -1721,7 +1726,7 @@ def report_results(
 
 
 def print_comparison(comparison: Comparison | None) -> None:
-    """Say what a table compares, and why it does not where it does not."""
+    """Say which runs the table compares, or why it does not compare them."""
     if not comparison:
         return
     if comparison.conditions:
@@ -1732,12 +1737,14 @@ def print_comparison(comparison: Comparison | None) -> None:
     else:
         num_shared = len(comparison.ours)
         print(f"Compared    with {comparison.folder}/ on the {num_shared:,} queries in both runs")
+    if comparison.is_limit_unknown and not comparison.conditions:
+        print("Note        --max-new-tokens is assumed, not known, for predictions made elsewhere")
     if comparison.remarks:
         print(f"Note        the runs also differ in {'; '.join(comparison.remarks)}")
 
 
 def print_counts(metrics: dict) -> None:
-    """Print how many queries failed in which way, and what was left out of the scores."""
+    """Print how many queries failed in which way, and how many were left out of the scores."""
     titles = {
         "failures": "Failures",
         "problems": "Call errors",
@@ -1839,16 +1846,18 @@ def should_generate(args: argparse.Namespace, results_dir: Path) -> bool:
 def run(args: argparse.Namespace, argv: list[str]) -> None:
     results_dir = args.output_dir / name_of(args.model) / results_name(args)
     queries = read_queries(args.test_file, args.limit)
-    compare_dir = find_comparison(args, results_dir)  # before hours of generation
+    compare_dir = find_comparison(args, results_dir)  # fail now, not after hours of generation
     if should_generate(args, results_dir):
         evaluate(args, results_dir, queries)
     turns = report_results(args, results_dir, queries, compare_dir)
     failed = [turn for turn in turns if turn["failure"] == "failed"]
     if failed:
+        num_left = len(queries) - len(turns)
+        left = f", and {num_left} queries were not asked" if num_left else ""
         sys.exit(
-            f"error: {len(failed)} queries failed and count as wrong. --resume asks them again. "
-            f"The first is conversation {failed[0]['conversation_id']}, turn {failed[0]['turn']}: "
-            f"{failed[0].get('error')}"
+            f"error: {len(failed)} queries failed and count as wrong{left}. Use --resume to ask "
+            f"them again. The first is conversation {failed[0]['conversation_id']}, turn "
+            f"{failed[0]['turn']}: {failed[0].get('error')}"
         )
     if not args.show_failures:
         print(f"Next        {next_command(args, argv, results_dir)}")
