@@ -1,521 +1,1443 @@
 """Score how well a model calls functions and answers, before and after training (step 3 of 3).
 
-    python evaluation.py --baseline                         # gemma-3-1b-it as it is
-    python evaluation.py                                    # with the adapter of step 2
-    python evaluation.py --server http://127.0.0.1:8000/v1 --server-model fc  # of vLLM or the like
+    python evaluation.py --baseline            # google/gemma-3-1b-it before training
+    python evaluation.py                       # the same model with the adapter of step 2
+    python evaluation.py --show-failures 10    # print ten failures of the last evaluation
+    python evaluation.py --server http://127.0.0.1:8000/v1 --server-model fc    # a model on vLLM
 
-Every model turn of a test conversation is one query: the turns before it are the prompt, the turn
-itself is the reference. Writes predictions.jsonl (a query a line), run.json (what they come from),
-metrics.json and comparison.png under evaluation_results/, and prints the scores.
+Each model turn of a test conversation is one query: the turns before it are the prompt, and the
+turn itself is the reference. Results are written to evaluation_results/<model>/<run>/:
+predictions.jsonl (one query per line), run.json (how they were made), metrics.json and a picture.
+docs/evaluation.md defines the scores.
 """
 
 import argparse
 import ast
 import asyncio
 import contextlib
+import dataclasses
 import difflib
 import functools
 import hashlib
 import itertools
 import json
 import logging
+import math
 import os
 import random
 import re
+import shlex
 import sys
+import textwrap
 import warnings
 from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+from urllib.parse import urlsplit
 
-import httpx2  # which huggingface_hub is built on
-import huggingface_hub
 import numpy
-from jsonschema import Draft202012Validator, FormatChecker
+from jsonschema import Draft202012Validator, FormatChecker, ValidationError
 from jsonschema.validators import extend
 from tokenizers import Tokenizer
 from tqdm.asyncio import tqdm
 
-PUBLISHED = {  # function calling, helpful exchange: base, tuned by its README, by its notebook
-    "gemma-3-1b-it": ["0.28, 0.91, 0.973", "0.29, 0.78, 0.815"],
-    "gemma-3-270m-it": ["0.13, 0.90, 0.955", "0.48, 0.68, 0.779"],
-}
-METRICS = """function_calling helpful_exchange name_right arguments_right turn_right
-turn_right_seen_tools turn_right_unseen_tools valid_call precision recall f1""".split()
-FINISH_REASONS = {"stop": "end_of_turn", "tool_calls": "end_of_turn", "length": "max_new_tokens"}
-REQUEST_TIMEOUT = 600  # seconds, the time in the server's queue included
-RETRY_WAITS = [1, 2, 4, 8, 16]  # seconds before a server is asked again
-TYPE_NAMES = {"dict": "object", "list": "array", "tuple": "array", "str": "string"}
-TYPE_NAMES |= {"int": "integer", "float": "number", "double": "number", "bool": "boolean"}
-UNCHECKED = ["pattern", "uniqueItems", "$dynamicRef", "unevaluatedProperties", "unevaluatedItems"]
-CHECKER = extend(Draft202012Validator, dict.fromkeys(UNCHECKED))  # these can take for ever
-MAX_REFERENCES = 1000  # of a declared schema, followed while one call is checked
-BRANCHES = {"allOf", "anyOf", "oneOf", "if", "dependentSchemas", "$ref"}
-FAULTS = {"required": "required argument missing", "additionalProperties": "argument not declared"}
+if TYPE_CHECKING:  # heavy libraries, which --rescore and --predictions do not need
+    import httpx2
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+DEFAULT_MODEL = "google/gemma-3-1b-it"
+DEFAULT_TEST_FILE = Path("processed_data/function_calling_test.jsonl")
+DEFAULT_MAX_NEW_TOKENS = 256  # as published
 
 
-def parse_args(argv=None):
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    source = parser.add_mutually_exclusive_group()
-    mode = parser.add_mutually_exclusive_group()
-    add, shown = parser.add_argument, "(default: %(default)s)"
-    add("--model", default="google/gemma-3-1b-it", help=f"base model: hub id or folder {shown}")
-    add("--revision", help="its branch, tag or commit (default: what the adapter was trained on)")
-    source.add_argument("--adapter", help="folder or hub id (default: as training names it)")
-    source.add_argument("--baseline", action="store_true", help="the untuned model, in its own way")
-    source.add_argument("--predictions", type=Path, metavar="FILE", help="outputs made elsewhere")
-    split = Path("processed_data/function_calling_test.jsonl")
-    add("--test-file", type=Path, default=split, help=f"test split of step 1 {shown}")
-    add("--output-dir", type=Path, default="evaluation_results", help=f"for the results {shown}")
-    add("--limit", type=int, help="only the first N conversations (published: 300)")
-    add("--batch-size", type=int, help="queries generated at once (default: by their length)")
-    add("--max-new-tokens", type=int, default=256, help=f"longest output, tokens {shown}")
-    add("--dtype", choices=["bfloat16", "float32"], help="(default: bfloat16 where it is fast)")
-    add("--server", metavar="URL", help="ask an OpenAI-compatible server, http://host:port/v1")
-    add("--server-model", metavar="NAME", help="the name under which it serves the model")
-    add("--concurrency", type=int, default=32, help=f"requests to it at once, up to 100 {shown}")
-    add("--show-failures", type=int, default=0, metavar="N", help="print N failures")
-    mode.add_argument("--rescore", action="store_true", help="only make the report again")
-    mode.add_argument("--resume", action="store_true", help="go on with an unfinished evaluation")
-    mode.add_argument("--overwrite", action="store_true", help="replace an earlier evaluation")
+
+    group = parser.add_argument_group("model")
+    group.add_argument(
+        "--model",
+        default=DEFAULT_MODEL,
+        help="Hub id or local folder of the base model. (default: %(default)s)",
+    )
+    group.add_argument(
+        "--revision",
+        help="Branch, tag or commit of a base model on the Hub. (default: the commit that the "
+        "adapter was trained on, or the main branch)",
+    )
+    group.add_argument(
+        "--adapter",
+        help="Folder or Hub id of a LoRA adapter. (default: LoRA_<model name>-function_calling)",
+    )
+    group.add_argument(
+        "--baseline",
+        action="store_true",
+        help="Evaluate the base model without an adapter, with its own chat template.",
+    )
+    group.add_argument(
+        "--predictions",
+        type=Path,
+        metavar="FILE",
+        help="Score predictions made elsewhere. Each line holds conversation_id, turn (the number "
+        "of messages before the predicted one) and output.",
+    )
+
+    group = parser.add_argument_group("test data")
+    group.add_argument(
+        "--test-file",
+        type=Path,
+        default=DEFAULT_TEST_FILE,
+        help="Test split written by step 1. (default: %(default)s)",
+    )
+    group.add_argument(
+        "--limit",
+        type=int,
+        metavar="N",
+        help="Evaluate only the first N conversations. The published run used 300.",
+    )
+
+    group = parser.add_argument_group("generation")
+    group.add_argument(
+        "--max-new-tokens",
+        type=int,
+        metavar="N",
+        help="Maximum length of an output in tokens. With --predictions: the limit under which "
+        f"the predictions were made. (default: {DEFAULT_MAX_NEW_TOKENS})",
+    )
+    group.add_argument(
+        "--batch-size",
+        type=int,
+        metavar="N",
+        help="Number of queries to generate at once. (default: as many as fit a token budget)",
+    )
+    group.add_argument(
+        "--dtype",
+        choices=["bfloat16", "float32"],
+        help="Data type of the weights. (default: bfloat16 where the hardware supports it)",
+    )
+
+    group = parser.add_argument_group(
+        "server",
+        "Query an OpenAI-compatible server instead of loading the model. The API key is read from "
+        "the environment variable OPENAI_API_KEY.",
+    )
+    group.add_argument(
+        "--server",
+        metavar="URL",
+        help="Base URL of the server, for example http://127.0.0.1:8000/v1.",
+    )
+    group.add_argument(
+        "--server-model",
+        metavar="NAME",
+        help="Name under which the server serves the model.",
+    )
+    group.add_argument(
+        "--concurrency",
+        type=int,
+        metavar="N",
+        help=f"Number of requests to send at once. (default: {DEFAULT_CONCURRENCY})",
+    )
+
+    group = parser.add_argument_group("results")
+    group.add_argument(
+        "--output-dir",
+        type=Path,
+        default=Path("evaluation_results"),
+        help="Folder for the results of all models. (default: %(default)s)",
+    )
+    group.add_argument(
+        "--name",
+        help="Name of the results folder of this run. (default: baseline; fine-tuned for the "
+        "default adapter; else adapter-, server- or predictions- and the name)",
+    )
+    group.add_argument(
+        "--compare-with",
+        type=Path,
+        metavar="FOLDER",
+        help="Results folder of the run to compare with. (default: the baseline of the model)",
+    )
+    group.add_argument(
+        "--show-failures",
+        type=int,
+        default=0,
+        metavar="N",
+        help="Print N failures, grouped by class. Existing results are not generated again.",
+    )
+
+    group = parser.add_argument_group("existing results (choose one)")
+    mode = group.add_mutually_exclusive_group()
+    mode.add_argument(
+        "--resume",
+        action="store_true",
+        help="Continue an interrupted evaluation, and ask failed queries again.",
+    )
+    mode.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="Replace existing results as soon as the new run has its first answer.",
+    )
+    mode.add_argument(
+        "--rescore",
+        action="store_true",
+        help="Compute the scores of existing predictions again, without the model.",
+    )
+    return parser
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Parse the arguments, and refuse flags that are invalid or would have no effect."""
+    parser = build_parser()
     args = parser.parse_args(argv)
-    if bool(args.server) != bool(args.server_model) or (args.server and args.predictions):
-        parser.error("--server and --server-model go together, and without --predictions")
-    for flag in ("limit", "batch_size", "max_new_tokens", "concurrency"):
-        if getattr(args, flag) is not None and getattr(args, flag) < 1:
-            parser.error(f"--{flag.replace('_', '-')} must be at least 1")
+    sources = {
+        "--adapter": args.adapter,
+        "--baseline": args.baseline,
+        "--predictions": args.predictions,
+    }
+    given = [flag for flag, value in sources.items() if value]
+    if len(given) > 1:
+        parser.error(f"{given[0]} and {given[1]} exclude each other")
+    if bool(args.server) != bool(args.server_model):
+        parser.error("--server and --server-model must be given together")
+    if args.server and not args.server.startswith(("http://", "https://")):
+        parser.error(f"--server {args.server} must start with http:// or https://")
+    if args.server and "@" in urlsplit(args.server).netloc:
+        parser.error("--server must not contain a password. Set OPENAI_API_KEY instead.")
+    if args.revision and Path(args.model).expanduser().is_dir():
+        parser.error(f"--revision has no effect: --model {args.model} is a local folder")
+    without_effect = [
+        ("--server", ["adapter", "predictions", "batch_size", "dtype"], args.server),
+        ("--predictions", ["batch_size", "dtype"], args.predictions),
+        ("--rescore", ["batch_size", "concurrency"], args.rescore),
+    ]
+    for cause, names, is_given in without_effect:
+        for name in names:
+            if is_given and getattr(args, name):
+                parser.error(f"--{name.replace('_', '-')} has no effect with {cause}")
+    if args.concurrency and not args.server:
+        parser.error("--concurrency has no effect without --server")
+    for name in ("limit", "batch_size", "max_new_tokens", "concurrency"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1, not {value}")
+    if args.show_failures < 0:
+        parser.error(f"--show-failures must not be negative, as {args.show_failures} is")
+    if args.name is not None and (
+        args.name in ("", ".", "..") or Path(args.name).name != args.name
+    ):
+        parser.error(f"--name {args.name!r} must be the name of a folder, without slashes")
+    if args.name == BASELINE and not args.baseline:
+        parser.error(f"--name {BASELINE} is reserved for runs with --baseline")
     return args
 
 
+# ---- Files
+
+
 @contextlib.contextmanager
-def reading(name):
-    """End the program in one line where `name` cannot be read, whatever its library raises."""
+def exit_on_error(subject: object) -> Iterator[None]:
+    """End the program with one line about `subject`, whatever error a library raises."""
     try:
         yield
     except Exception as error:
-        sys.exit(f"error: {name}: {type(error).__name__}: {' '.join(str(error).split())}")
+        sys.exit(f"error: {subject}: {describe_error(error)}")
 
 
-def read_jsonl(path):
-    """Yield ("<path>, line <number>", its value) of each line of a file."""
-    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+def describe_error(error: BaseException) -> str:
+    """The text of an error on one line, in words for a user."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    if isinstance(error, KeyError):
+        return f"{error} is missing"
+    return " ".join(str(error).split()) or "unknown error"
+
+
+def read_jsonl(path: Path, ignore_cut_line: bool = False) -> Iterator[tuple[str, dict]]:
+    """Yield ("<path>, line <number>", object) for each line of a file.
+
+    With `ignore_cut_line`, a last line without a newline is skipped: a kill has cut it short.
+    """
+    with exit_on_error(path):
+        lines = path.read_bytes().splitlines(keepends=True)
+    if ignore_cut_line and lines and not lines[-1].endswith(b"\n"):
+        lines.pop()
+    for number, line in enumerate(lines, start=1):
         place = f"{path}, line {number}"
-        with reading(place):
-            yield place, json.loads(line)
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            sys.exit(f"error: {place} is not valid JSON ({error}). Each line must hold one object.")
+        if not isinstance(value, dict):
+            sys.exit(f"error: {place} is not a JSON object. Each line must hold one object.")
+        yield place, value
 
 
-def sha256(path):
+def hash_file(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def key_of(query):
-    return query["conversation_id"], query["turn"]
+def key_of(query: dict) -> tuple[str, str]:
+    """What identifies a query. As text, since many tools write ids as numbers."""
+    return str(query["conversation_id"]), str(query["turn"])
 
 
-def read_queries(path, limit=None):
-    """Return the queries of a split, in its order; `turn` is the number of messages before it."""
+def read_queries(path: Path, limit: int | None = None) -> list[dict]:
+    """Return the queries of a split in order; `turn` is the number of messages before the query.
+
+    Turns that are marked "train": false are part of later prompts, but they are not queries.
+    """
     if not path.is_file():
-        sys.exit(f"error: {path} not found: run prepare_function_calling_dataset.py first")
+        sys.exit(f"error: {path} not found. Run prepare_function_calling_dataset.py first.")
     queries = []
     for place, row in itertools.islice(read_jsonl(path), limit):
-        with reading(place):
-            read_tools(row["tools"])
-            for turn, message in enumerate(row["messages"]):
-                query = {"conversation_id": row["id"], "turn": turn, "tools": row["tools"]}
-                texts = {"prompt": row["messages"][:turn], "reference": message["content"].strip()}
-                if message["role"] == "assistant":
-                    queries.append(query | texts)
-    if not queries or len({key_of(query) for query in queries}) < len(queries):
-        sys.exit(f"error: {path} holds no turn of the model, or an id twice")
+        try:
+            queries += list_queries(row)
+        except (KeyError, TypeError, AttributeError) as error:
+            sys.exit(
+                f"error: {place} is not a line of a split ({describe_error(error)}). Pass the "
+                f"{DEFAULT_TEST_FILE.name} that prepare_function_calling_dataset.py writes."
+            )
+    if not queries:
+        sys.exit(f"error: {path} contains no model turn to evaluate")
+    repeated_ids = [key for key, n in Counter(map(key_of, queries)).items() if n > 1]
+    if repeated_ids:
+        sys.exit(f"error: {path} contains the conversation id {repeated_ids[0][0]!r} twice")
     return queries
 
 
-def model_name(model):
-    return Path(model).expanduser().resolve().name
+def list_queries(row: dict) -> list[dict]:
+    """The queries of one line of a split."""
+    if not isinstance(row["tools"], str | None):
+        raise TypeError("its tools are not JSON text")
+    messages = []
+    queries = []
+    for turn, message in enumerate(row["messages"]):
+        content = message["content"]
+        if not isinstance(content, str):
+            raise TypeError("the content of a message is not text")
+        if message["role"] == "assistant" and message.get("train", True):
+            query = {
+                "conversation_id": row["id"],
+                "turn": turn,
+                "tools": row["tools"],
+                "prompt": list(messages),
+                "reference": content.strip(),
+            }
+            queries.append(query)
+        messages.append({"role": message["role"], "content": content})
+    return queries
 
 
-def find_folder(name, revision=None, with_weights=True):
-    """Return (folder, commit or None) of a model or adapter: a folder, or a hub id to download."""
+def read_dataset_info(test_file: Path) -> dict:
+    """Return the dataset_info.json next to a split, or {} if there is none."""
+    path = test_file.with_name("dataset_info.json")
+    if not path.is_file():
+        return {}
+    with exit_on_error(path):
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+
+
+def name_of(path_or_id: str | Path) -> str:
+    """The last part of a path or a Hub id."""
+    return Path(path_or_id).expanduser().resolve().name
+
+
+# ---- Ask: a model in this process
+
+
+def find_folder(
+    name: str, revision: str | None = None, with_weights: bool = True
+) -> tuple[Path, str | None]:
+    """Return (folder, commit) of a model or an adapter; a local folder has no commit."""
     if Path(name).expanduser().is_dir():
         return Path(name).expanduser(), None
+    import huggingface_hub
+    from huggingface_hub import errors
+
     files = ["*.json", "*.jinja", "*.safetensors" if with_weights else "tokenizer.json"]
-    with reading(f"{name}, which is no folder, from the hub"):
+    try:
         folder = huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=files)
+    except errors.GatedRepoError:
+        sys.exit(
+            f"error: {name} is gated: open https://huggingface.co/{name}, accept the license, "
+            "run `hf auth login`, and run this again"
+        )
+    except (errors.RepositoryNotFoundError, errors.HFValidationError):
+        sys.exit(
+            f"error: {name} is neither a local folder nor a repository on the Hugging Face Hub. "
+            "Check the spelling. If the repository is private, run `hf auth login` first."
+        )
+    except errors.RevisionNotFoundError:
+        sys.exit(f"error: {name} has no revision {revision} on the Hugging Face Hub")
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled):
+        is_offline = huggingface_hub.constants.HF_HUB_OFFLINE
+        cause = "HF_HUB_OFFLINE is set" if is_offline else "the Hugging Face Hub cannot be reached"
+        remedy = "Run with HF_HUB_OFFLINE=0" if is_offline else "Check the network"
+        sys.exit(
+            f"error: {name} is not a local folder, {cause}, and the download cache does not "
+            f"contain it. {remedy}, or pass a local folder."
+        )
+    except Exception as error:
+        sys.exit(f"error: downloading {name} failed: {describe_error(error)}")
     return Path(folder), Path(folder).name
 
 
-def choose_device(dtype=None):
-    """Return (device, torch dtype): the dtype of that name, or bfloat16 where it is fast."""
+def find_adapter(args: argparse.Namespace) -> tuple[Path, str | None]:
+    """Return (adapter folder, the commit of the base model that it was trained on)."""
+    if args.adapter:
+        folder, _ = find_folder(args.adapter)
+    else:
+        folder = default_adapter(args.model)
+        if not folder.is_dir():
+            sys.exit(
+                f"error: {folder} not found. Run `{training_command(args)}` first, or pass "
+                "--adapter for another adapter or --baseline for the model before training."
+            )
+    path = folder / "training_run.json"
+    if not path.is_file():
+        sys.exit(
+            f"error: {folder} is not a finished adapter: it contains no training_run.json. "
+            "Pass the folder that function_calling_train.py wrote."
+        )
+    with exit_on_error(path):
+        training_run = json.loads(path.read_text(encoding="utf-8"))
+        trained_on = training_run["model"]
+        commit = training_run["commit"]
+    if name_of(trained_on) != name_of(args.model):
+        sys.exit(f"error: {folder} was trained on {trained_on}. Pass --model {trained_on}.")
+    return folder, commit
+
+
+def default_adapter(model: str) -> Path:
+    return Path(f"LoRA_{name_of(model)}-function_calling")
+
+
+def choose_device(dtype: str | None = None) -> tuple[str, "torch.dtype"]:
+    """Return (device, torch dtype): the named dtype, or bfloat16 where the hardware supports it.
+
+    torch explains with a warning why it cannot use a GPU, for example an old driver. Such a
+    warning is printed: an evaluation on a CPU takes many times longer.
+    """
     import torch
 
-    device = "mps" if torch.backends.mps.is_available() else "cpu"
-    has_bf16 = device == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16", False)
-    if torch.cuda.is_available():
-        device, has_bf16 = "cuda", torch.cuda.is_bf16_supported(including_emulation=False)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        has_cuda = torch.cuda.is_available()
+    for warning in caught:
+        print(f"warning: {' '.join(str(warning.message).split())}", file=sys.stderr)
+    if has_cuda:
+        device = "cuda"
+        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    elif torch.backends.mps.is_available():
+        device = "mps"
+        has_bf16 = False
+    else:
+        device = "cpu"
+        has_bf16 = torch.cpu.get_capabilities().get("avx512_bf16", False)
     return device, getattr(torch, dtype or ("bfloat16" if has_bf16 else "float32"))
 
 
-def load_model(model_dir, adapter_dir, device, dtype):
-    """Load the base model, with the adapter (if any) merged into its weights before rounding."""
+def load_model(
+    model_dir: Path, adapter_dir: Path | None, device: str, dtype: "torch.dtype"
+) -> "PreTrainedModel":
+    """Load the base model. An adapter is merged into its weights in float32, before rounding."""
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, GenerationConfig
 
-    torch.backends.cuda.enable_cudnn_sdp(False)  # its masked bf16 attention is at times wrong
-    options = {"dtype": "float32", "attn_implementation": "sdpa", "use_safetensors": True}
-    model = AutoModelForCausalLM.from_pretrained(model_dir, **options)
+    torch.backends.cuda.enable_cudnn_sdp(False)  # its masked bf16 attention can give NaN
+    model = AutoModelForCausalLM.from_pretrained(
+        model_dir,
+        dtype="float32",
+        attn_implementation="sdpa",
+        use_safetensors=True,
+    )
     if adapter_dir:
         model = PeftModel.from_pretrained(model, adapter_dir).merge_and_unload()
-    for parameter in model.parameters():  # no buffers: rotary frequencies lose too much in bf16
+    for parameter in model.parameters():  # not the buffers: rotary frequencies need float32
         parameter.data = parameter.data.to(dtype)
-    model.generation_config = GenerationConfig()  # not the sampling that a model comes with
+    model.generation_config = GenerationConfig()  # greedy, whatever the model's own file says
     return model.to(device).eval()
 
 
-def write_for_base(messages, tokenizer):
-    """The messages of a prompt for a stock template, which knows only user and assistant."""
-    special = [t.content for t in tokenizer.get_added_tokens_decoder().values() if t.special]
+def write_for_baseline(messages: list[dict], tokenizer: Tokenizer) -> list[dict]:
+    """Rewrite a prompt for the base model's own template, which knows only user and assistant.
+
+    Control tokens inside a text are broken up with a space, so that no text can forge a turn.
+    """
+    added_tokens = tokenizer.get_added_tokens_decoder().values()
+    control_tokens = [token.content for token in added_tokens if token.special]
     written = []
     for message in messages:
-        role, text = message["role"], message["content"]
-        for token in special:  # broken up, so that no text can forge a turn
+        text = message["content"]
+        for token in control_tokens:
             text = text.replace(token, f"{token[:-1]} {token[-1]}")
-        written.append({"role": "user" if role == "tool" else role, "content": text})
+        role = "user" if message["role"] == "tool" else message["role"]
+        written.append({"role": role, "content": text})
     return written
 
 
-def generate_batch(model, tokenizer, prompts, stop_ids, max_new_tokens):
-    """Greedy outputs for prompts, which are lists of token ids: [(text, finish reason), ...]."""
+def generate_batch(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    prompts: list[list[int]],
+    stop_ids: list[int],
+    max_new_tokens: int,
+) -> list[tuple[str, str]]:
+    """Generate greedily for prompts of token ids; return [(text, finish reason), ...]."""
     batch = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt")
-    options = {"max_new_tokens": max_new_tokens, "do_sample": False, "eos_token_id": stop_ids}
-    options["pad_token_id"] = tokenizer.pad_token_id
-    try:
-        rows = model.generate(**batch.to(model.device), **options)
-    except RuntimeError as error:  # of which torch.OutOfMemoryError is one
-        if len(prompts) == 1 or not re.search("out of memory|ALLOC_FAILED", str(error)):
-            raise
-        rows = None  # halved below, since the error keeps the tensors made so far
-    if rows is None:
-        half = len(prompts) // 2
-        first = generate_batch(model, tokenizer, prompts[:half], stop_ids, max_new_tokens)
-        return first + generate_batch(model, tokenizer, prompts[half:], stop_ids, max_new_tokens)
+    rows = model.generate(
+        **batch.to(model.device),
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        eos_token_id=stop_ids,
+        pad_token_id=tokenizer.pad_token_id,
+    )
     answers = []
     for row in rows[:, batch["input_ids"].shape[1] :].tolist():  # padded after the stop token
         text = tokenizer.decode(row, skip_special_tokens=True)
-        answers.append((text, "end_of_turn" if set(stop_ids) & set(row) else "max_new_tokens"))
+        is_finished = not set(stop_ids).isdisjoint(row)
+        answers.append((text, "end_of_turn" if is_finished else "max_new_tokens"))
     return answers
 
 
-def ask_model(queries, model, tokenizer, args):
-    """Yield (query, text, finish reason) for all queries, longest prompt first."""
+# Tokens of a batch: prompts and outputs, padding included.
+TOKENS_AT_ONCE = {"cuda": 65_536, "mps": 16_384, "cpu": 16_384}
+
+
+def ask_model(
+    queries: list[dict],
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    args: argparse.Namespace,
+) -> Iterator[tuple[dict, str, str]]:
+    """Yield (query, text, finish reason) for all queries, the longest prompt first.
+
+    A batch that does not fit into memory halves the token budget for the rest of the run.
+    """
     stop_ids = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<end_of_turn>")]
-    tokens_at_once = 65_536 if model.device.type == "cuda" else 16_384  # too many are halved
-    chats = [query["prompt"] for query in queries]
-    with reading("the chat template"):
-        prompts = tokenizer.apply_chat_template(chats, add_generation_prompt=True)["input_ids"]
+    with exit_on_error("the chat template"):
+        prompts = tokenizer.apply_chat_template(
+            [query["prompt"] for query in queries], add_generation_prompt=True
+        )["input_ids"]
     waiting = sorted(range(len(queries)), key=lambda n: len(prompts[n]), reverse=True)
+    token_budget = TOKENS_AT_ONCE[model.device.type]
+    if args.batch_size:
+        token_budget = args.batch_size * (len(prompts[waiting[0]]) + args.max_new_tokens)
     while waiting:
         longest = len(prompts[waiting[0]]) + args.max_new_tokens
-        size = args.batch_size or max(1, tokens_at_once // longest)
-        batch, waiting = waiting[:size], waiting[size:]
-        asked = [prompts[n] for n in batch]
-        answers = generate_batch(model, tokenizer, asked, stop_ids, args.max_new_tokens)
-        for n, answer in zip(batch, answers, strict=True):
-            yield queries[n], *answer
+        size = max(1, token_budget // longest)
+        if args.batch_size:
+            size = min(size, args.batch_size)
+        batch = waiting[:size]
+        answers = None
+        try:
+            answers = generate_batch(
+                model, tokenizer, [prompts[n] for n in batch], stop_ids, args.max_new_tokens
+            )
+        except RuntimeError as error:  # torch.OutOfMemoryError is a RuntimeError
+            if len(batch) == 1 or not is_out_of_memory(error):
+                raise
+        if answers is None:  # outside of "except": the error keeps the batch's tensors alive
+            token_budget = longest * len(batch) // 2
+            continue
+        for n, (text, finish_reason) in zip(batch, answers, strict=True):
+            yield queries[n], text, finish_reason
+        waiting = waiting[size:]
 
 
-def read_answer(answer):
-    """Return (text, finish reason) of an answer in a server's fields; tool calls become text."""
-    text = answer["content"] if "content" in answer else answer["output"]
-    parts = [text.strip()] if text else []
-    for tool_call in answer.get("tool_calls") or []:
-        name, arguments = tool_call["function"]["name"], tool_call["function"].get("arguments")
-        with contextlib.suppress(ValueError, TypeError, RecursionError):  # what is no JSON stays
+def is_out_of_memory(error: RuntimeError) -> bool:
+    return re.search("out of memory|ALLOC_FAILED|t allocate memory", str(error)) is not None
+
+
+# ---- Ask: a server
+
+DEFAULT_CONCURRENCY = 32
+REQUEST_TIMEOUT = 600  # seconds, including the time in the server's queue
+CONNECT_TIMEOUT = 30  # seconds
+RETRY_WAITS = [1, 2, 4, 8, 16]  # seconds before a request is sent again
+MAX_FAILURES_IN_A_ROW = 50  # then the server is considered down
+MAX_MESSAGE_LENGTH = 300  # characters of a server's error message that are kept
+
+# Servers and libraries name two events in many ways. Any other reason is stored unchanged.
+FINISH_REASONS = {
+    **dict.fromkeys(
+        ["stop", "eos", "eos_token", "stop_sequence", "end", "end_turn"], "end_of_turn"
+    ),
+    **dict.fromkeys(["end_of_turn", "tool_calls", "tool_use", "function_call"], "end_of_turn"),
+    **dict.fromkeys(["length", "max_tokens", "max_new_tokens", "max_length"], "max_new_tokens"),
+    **dict.fromkeys(["max_output_tokens", "model_length", "limit"], "max_new_tokens"),
+}
+
+
+class ServerError(Exception):
+    """A request without a usable answer. With `can_retry`, sending it again may help."""
+
+    def __init__(self, message: str, can_retry: bool = False):
+        super().__init__(message)
+        self.can_retry = can_retry
+
+
+def read_finish_reason(reason: str | None) -> str:
+    return FINISH_REASONS.get(str(reason or "stop").lower(), str(reason))
+
+
+def read_answer(answer: dict) -> tuple[str, str]:
+    """Return (text, finish reason) of an answer in OpenAI's fields; tool calls become text."""
+    text = answer.get("content", answer.get("output"))
+    if isinstance(text, list):
+        parts = [part for part in text if part.get("type", "text") in ("text", "output_text")]
+        text = "".join(part["text"] for part in parts)
+    if not isinstance(text, str | None):
+        raise TypeError("the content is not text")
+    blocks = [text.strip()] if text else []
+    calls = [tool_call["function"] for tool_call in answer.get("tool_calls") or []]
+    if answer.get("function_call"):
+        calls.append(answer["function_call"])
+    for function in calls:
+        arguments = function.get("arguments")
+        with contextlib.suppress(ValueError, TypeError, RecursionError):  # not JSON: kept as it is
             arguments = json.loads(arguments)
-        call = json.dumps({"name": name, "arguments": arguments}, ensure_ascii=False)
-        parts.append(f"<tool_call>\n{call}\n</tool_call>")
-    reason = answer.get("finish_reason") or "end_of_turn"
-    return "\n".join(parts), FINISH_REASONS.get(reason, reason)
+        call = {"name": function["name"], "arguments": arguments}
+        blocks.append(f"<tool_call>\n{json.dumps(call, ensure_ascii=False)}\n</tool_call>")
+    return "\n".join(blocks), read_finish_reason(answer.get("finish_reason"))
 
 
-async def ask_query(client, semaphore, query, options):
-    """Return (query, text, finish reason, error or None), after growing waits where they help."""
+def find_message(body: Any) -> str:
+    """The server's own message in the body of an error, wherever the server puts it."""
+    found = body
+    while isinstance(found, dict | list) and found:
+        if isinstance(found, list):
+            found = found[0]
+            continue
+        values = [found.get(key) for key in ("error", "errors", "message", "detail", "msg")]
+        values = [value for value in values if value and isinstance(value, str | dict | list)]
+        if not values:
+            break
+        found = values[0]
+    if not isinstance(found, str):
+        found = json.dumps(found)
+    message = " ".join(re.sub("<[^>]*>", " ", found).split())  # without the tags of an HTML page
+    is_long = len(message) > MAX_MESSAGE_LENGTH
+    return message[:MAX_MESSAGE_LENGTH] + "..." if is_long else message
+
+
+def make_error(code: Any, body: Any) -> ServerError:
+    """The error for an HTTP status, or for the code that a server puts into its reply."""
+    message = find_message(body)
+    if not isinstance(code, int):
+        return ServerError(message)
+    message = f"HTTP status {code}: {message}"
+    if code == 404:
+        message += " (the URL of a server usually ends in /v1)"
+    return ServerError(message, can_retry=code == 429 or code >= 500)
+
+
+def read_reply(response: "httpx2.Response") -> tuple[str, str]:
+    """Return (text, finish reason) of a server's reply, or raise ServerError."""
+    try:
+        body = response.json()
+    except ValueError:
+        body = response.text
+    if not response.is_success:
+        raise make_error(response.status_code, body or response.reason_phrase)
+    try:
+        choice = body if body.get("error") else body["choices"][0]
+        error = choice.get("error")
+        if error:  # OpenRouter and others report errors with status 200
+            raise make_error(error.get("code") if isinstance(error, dict) else None, error)
+        reason = choice.get("finish_reason")
+        if reason in ("error", "abort"):
+            raise ServerError(f"the server stopped the answer with finish reason {reason!r}")
+        return read_answer({**choice["message"], "finish_reason": reason})
+    except (AttributeError, KeyError, IndexError, TypeError, ValueError) as error:
+        raise ServerError(f"the reply is not a chat completion: {find_message(body)}") from error
+
+
+async def send_request(client: "httpx2.AsyncClient", url: str, request: dict) -> tuple[str, str]:
+    """Return (text, finish reason) of the answer to one request, or raise ServerError."""
+    import httpx2
+
+    try:
+        response = await client.post(url, json=request)
+    except httpx2.ReadTimeout:
+        raise ServerError(f"no answer within {REQUEST_TIMEOUT} seconds") from None
+    except httpx2.TransportError as error:
+        raise ServerError(f"no connection to {url}: {describe_error(error)}", True) from None
+    except (httpx2.HTTPError, httpx2.InvalidURL, ValueError) as error:
+        raise ServerError(f"{url} cannot be used: {describe_error(error)}") from None
+    return read_reply(response)
+
+
+async def ask_query(
+    client: "httpx2.AsyncClient",
+    url: str,
+    query: dict,
+    options: dict,
+    semaphore: asyncio.Semaphore,
+) -> tuple[dict, str, str, str | None]:
+    """Return (query, text, finish reason, error or None), with retries where they can help."""
+    waits = list(RETRY_WAITS)
     async with semaphore:
-        for wait in [*RETRY_WAITS, None]:
+        while True:
+            request = {"messages": query["prompt"], **options}
             try:
-                response = await client.chat_completion(query["prompt"], **options)
-                choice = response.choices[0]
-                answer = {**choice.message, "finish_reason": choice.finish_reason}
-                return query, *read_answer(answer), None
-            except Exception as error:
-                code = getattr(getattr(error, "response", None), "status_code", 0)
-                is_lost = isinstance(error, httpx2.ReadError | httpx2.ProtocolError)
-                if wait is None or not (is_lost or code == 429 or code >= 500):
-                    return query, "", "failed", repr(error)
-            await asyncio.sleep(wait * random.uniform(0.5, 1.5))  # not all of them at once
+                text, finish_reason = await send_request(client, url, request)
+                return query, text, finish_reason, None
+            except ServerError as error:
+                if "max_tokens" in request and "max_completion_tokens" in str(error):
+                    # OpenAI's newer models insist on this name. All later requests use it, too.
+                    options["max_completion_tokens"] = request["max_tokens"]
+                    options.pop("max_tokens", None)
+                    continue
+                if not waits or not error.can_retry:
+                    return query, "", "failed", str(error)
+            await asyncio.sleep(waits.pop(0) * random.uniform(0.5, 1.5))  # not all at once
 
 
-async def ask_server(queries, args, file, scorer):
-    """Ask a server all queries, --concurrency at once, and write their answers to a file."""
-    # The hub's own HTTP client refuses to work where HF_HUB_OFFLINE is set.
-    huggingface_hub.set_async_client_factory(httpx2.AsyncClient)
-    access = {"base_url": args.server, "api_key": os.environ.get("OPENAI_API_KEY", "EMPTY")}
-    access["timeout"] = REQUEST_TIMEOUT
-    options = {"model": args.server_model, "max_tokens": args.max_new_tokens, "temperature": 0}
-    semaphore = asyncio.Semaphore(args.concurrency)
-    async with huggingface_hub.AsyncInferenceClient(**access) as client:
-        asked = [ask_query(client, semaphore, query, options) for query in queries]
-        for answer in tqdm.as_completed(asked, desc="Answering", unit=" queries", disable=None):
-            write_answer(file, scorer, *await answer)
+def chat_url(base_url: str) -> str:
+    """The URL to send chat requests to; the full URL is accepted as well."""
+    if "/chat/completions" in base_url:
+        return base_url
+    return f"{base_url.rstrip('/')}/chat/completions"
 
 
-def score_output(kind, reference, output):
+async def ask_server(
+    queries: list[dict], args: argparse.Namespace, write: Callable[..., None]
+) -> None:
+    """Ask a server all queries, --concurrency at once, and pass each answer to `write`.
+
+    The key is OPENAI_API_KEY and nothing else: no Hugging Face token may reach the server.
+    """
+    import httpx2
+
+    key = os.environ.get("OPENAI_API_KEY", "").strip() or "EMPTY"
+    url = chat_url(args.server)
+    options = {
+        "model": args.server_model,
+        "max_tokens": args.max_new_tokens,
+        "temperature": 0,
+    }
+    semaphore = asyncio.Semaphore(args.concurrency or DEFAULT_CONCURRENCY)
+    num_failures = 0
+    async with httpx2.AsyncClient(
+        headers={"Authorization": f"Bearer {key}"},
+        timeout=httpx2.Timeout(REQUEST_TIMEOUT, connect=CONNECT_TIMEOUT),
+        limits=httpx2.Limits(max_connections=None),
+    ) as client:
+        tasks = [
+            asyncio.create_task(ask_query(client, url, query, options, semaphore))
+            for query in queries
+        ]
+        for answer in tqdm.as_completed(tasks, desc="Answering", unit=" queries", disable=None):
+            query, text, finish_reason, error = await answer
+            num_failures = num_failures + 1 if error else 0
+            if error and key != "EMPTY":
+                error = error.replace(key, "[OPENAI_API_KEY]")  # some servers repeat it
+            write(query, text, finish_reason, error)
+            if num_failures == MAX_FAILURES_IN_A_ROW:
+                for task in tasks:
+                    task.cancel()
+                break
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+# ---- Store: run.json and predictions.jsonl
+
+BASELINE = "baseline"  # names of results folders
+FINE_TUNED = "fine-tuned"
+RESULT_FILES = ["metrics.json", "scores.png", "comparison*.png"]  # of a report
+
+# The keys of run.json that identify a run: how messages call them, and the key whose value a reader
+# recognizes, where that is another one.
+RUN_KEYS = {
+    "source": ("source", None),
+    "model_path": ("--model", None),
+    "commit": ("model commit", None),
+    "dtype": ("--dtype", None),
+    "adapter_sha256": ("adapter", "adapter"),
+    "predictions_sha256": ("predictions file", "predictions"),
+    "served_model": ("--server-model", None),
+    "uses_baseline_template": ("use of --baseline", None),
+    "max_new_tokens": ("--max-new-tokens", None),
+    "test_split_sha256": ("test split", "test_file"),
+    "prompt_sha256": ("prompt wording", None),
+}
+
+
+def score_output(kind: str, reference: list, output: list) -> float:
     """Published score, in [0, 1], of an output; both are tokens without special tokens.
 
-    A call: the longest contiguous run of tokens that both hold, over the reference's length. Any
-    other turn: the tokens that both hold, over the output's length (ROUGE-1 precision).
+    A call: the longest contiguous run of tokens that both contain, over the reference's length.
+    Any other turn: the tokens that both contain, over the output's length (ROUGE-1 precision).
     """
     if kind == "helpful_exchange":
-        return (Counter(reference) & Counter(output)).total() / len(output) if output else 0.0
+        num_common = (Counter(reference) & Counter(output)).total()
+        return num_common / len(output) if output else 0.0
     matcher = difflib.SequenceMatcher(None, output, reference, autojunk=False)
     return matcher.find_longest_match().size / len(reference) if reference else 0.0
 
 
-def write_answer(file, scorer, query, output, finish_reason, error=None):
-    """Append the answer to a query, with its published score, to a file, to outlive a kill."""
-    output = output.strip().encode(errors="replace").decode()  # without lone surrogates
-    kind = "function_calling" if "<tool_call>" in query["reference"] else "helpful_exchange"
-    wanted = scorer.encode(query["reference"], add_special_tokens=False).ids
-    score = score_output(kind, wanted, scorer.encode(output, add_special_tokens=False).ids)
-    prediction = {key: query[key] for key in ("conversation_id", "turn", "reference")}
-    prediction |= {"kind": kind, "output": output, "score": score, "finish_reason": finish_reason}
-    prediction |= {"error": error} if error else {}
-    file.write(json.dumps(prediction, ensure_ascii=False) + "\n")
-    file.flush()
+class PredictionWriter:
+    """Writes predictions.jsonl and run.json of a run, one prediction at a time.
+
+    Nothing is written, and nothing of an earlier run is replaced, before the first answer. After
+    that each prediction is on disk at once, so that a killed run can be resumed.
+    """
+
+    def __init__(self, results_dir: Path, run: dict, scorer: Tokenizer, is_resumed: bool):
+        self.results_dir = results_dir
+        self.run = run
+        self.scorer = scorer
+        self.is_resumed = is_resumed
+        self.path = results_dir / "predictions.jsonl"
+        self.file = None
+        self.unwritten: list[str] = []
+        self.first_error: str | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.file:
+            self.file.close()
+
+    def write(self, query: dict, output: str, finish_reason: str, error: str | None = None) -> None:
+        """Score the answer to a query and append it."""
+        output = output.strip().encode(errors="replace").decode()  # without lone surrogates
+        kind = "function_calling" if "<tool_call>" in query["reference"] else "helpful_exchange"
+        reference_ids = self.scorer.encode(query["reference"], add_special_tokens=False).ids
+        output_ids = self.scorer.encode(output, add_special_tokens=False).ids
+        prediction = {
+            "conversation_id": query["conversation_id"],
+            "turn": query["turn"],
+            "reference": query["reference"],
+            "kind": kind,
+            "output": output,
+            "score": score_output(kind, reference_ids, output_ids),
+            "finish_reason": finish_reason,
+        }
+        if error:
+            prediction["error"] = error
+            self.first_error = self.first_error or error
+        self.unwritten.append(json.dumps(prediction, ensure_ascii=False) + "\n")
+        if self.file is None and finish_reason != "failed":
+            self.open()
+        if self.file:
+            self.file.writelines(self.unwritten)
+            self.file.flush()
+            self.unwritten.clear()
+
+    def open(self) -> None:
+        """Start the run on disk: append to an unfinished one, or replace an earlier one."""
+        self.results_dir.mkdir(parents=True, exist_ok=True)
+        for pattern in RESULT_FILES:  # of the earlier predictions
+            for path in self.results_dir.glob(pattern):
+                path.unlink()
+        run_path = self.results_dir / "run.json"
+        new_run = run_path.with_suffix(".json.new")
+        new_run.write_text(json.dumps(self.run, indent=2) + "\n", encoding="utf-8")
+        if self.is_resumed:
+            self.file = open(self.path, "a", encoding="utf-8")
+        else:
+            new_path = self.path.with_suffix(".jsonl.new")
+            self.file = open(new_path, "w", encoding="utf-8")
+            new_path.replace(self.path)
+        new_run.replace(run_path)
 
 
-def begin_results(args, results_dir, run):
-    """Write run.json, unless an evaluation is in the way; return the keys of what is answered."""
-    path, answered = results_dir / "predictions.jsonl", []
-    if path.exists() and args.resume:
-        earlier = json.loads((results_dir / "run.json").read_text())
-        changed = [key for key in run if run[key] != earlier.get(key)]
-        if changed:
-            sys.exit(f"error: {results_dir} holds an evaluation of another {', '.join(changed)}")
-        os.truncate(path, path.read_bytes().rfind(b"\n") + 1)  # of a torn last line
-        answered = [p for _, p in read_jsonl(path) if p["finish_reason"] != "failed"]
-    elif path.exists() and not args.overwrite:
-        words = "--resume goes on with it, --rescore reports it again, --overwrite replaces it"
-        sys.exit(f"error: {results_dir} holds an evaluation: {words}")
-    else:
-        path.unlink(missing_ok=True)
-    results_dir.mkdir(parents=True, exist_ok=True)
-    (results_dir / "metrics.json").unlink(missing_ok=True)
-    (results_dir / "run.json").write_text(json.dumps(run, indent=2))
-    return {key_of(prediction) for prediction in answered}
+def results_name(args: argparse.Namespace) -> str:
+    """The name of the results folder. The prefixes keep apart what could share a name."""
+    if args.name:
+        return args.name
+    if args.baseline:
+        return BASELINE
+    if args.predictions:
+        return f"predictions-{args.predictions.stem}"
+    if args.server:
+        return f"server-{name_of(args.server_model)}"
+    if args.adapter and name_of(args.adapter) != default_adapter(args.model).name:
+        return f"adapter-{name_of(args.adapter)}"
+    return FINE_TUNED
 
 
-def evaluate(args, results_dir, queries):
-    """Write run.json, and to predictions.jsonl what a model, a server or a file answers."""
-    name, adapter_dir, revision = model_name(args.model), None, args.revision
+def describe_run(args: argparse.Namespace) -> dict:
+    """What run.json records of a run, as far as the flags and local files tell."""
+    source = "local model"
+    if args.server:
+        source = "server"
+    elif args.predictions:
+        source = "predictions file"
+    elif not args.baseline:
+        source = "adapter"
+    model_dir = Path(args.model).expanduser()
+    info = read_dataset_info(args.test_file)
+    test_hash = hash_file(args.test_file)
+    is_described = info.get("test", {}).get("sha256") == test_hash
+    run = {
+        "source": source,
+        "model": name_of(args.model),
+        "model_path": str(model_dir.resolve()) if model_dir.is_dir() else args.model,
+        "commit": None,
+        "dtype": args.dtype,
+        "uses_baseline_template": args.baseline,
+        "max_new_tokens": args.max_new_tokens,
+        "limit": args.limit,
+        "test_file": str(args.test_file),
+        "test_split_sha256": test_hash,
+        "is_published_split": is_described and info.get("is_published_split") is True,
+        "prompt_sha256": None,
+    }
+    if "prompt" in info:
+        wording = json.dumps(info["prompt"], sort_keys=True)
+        run["prompt_sha256"] = hashlib.sha256(wording.encode()).hexdigest()
+    if args.server:
+        run["served_model"] = args.server_model
+        run["server"] = args.server.partition("?")[0]
+    elif args.predictions:
+        run["predictions"] = str(args.predictions)
+        if args.predictions.is_file():
+            run["predictions_sha256"] = hash_file(args.predictions)
+    elif not args.baseline:
+        run["adapter"] = args.adapter or str(default_adapter(args.model))
+        weights = Path(run["adapter"]).expanduser() / "adapter_model.safetensors"
+        if weights.is_file():
+            run["adapter_sha256"] = hash_file(weights)
+    return run
+
+
+def read_run(results_dir: Path) -> dict:
+    path = results_dir / "run.json"
+    if not path.is_file() or not (results_dir / "predictions.jsonl").is_file():
+        sys.exit(
+            f"error: {results_dir} contains no evaluation: run.json or predictions.jsonl is missing"
+        )
+    with exit_on_error(path):
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+
+
+def check_same_run(run: dict, results_dir: Path) -> None:
+    """End the program if existing results were made in another way than the flags say.
+
+    What one of the two does not record is not compared.
+    """
+    earlier = read_run(results_dir)
+    changes = []
+    for key, (name, shown) in RUN_KEYS.items():
+        if None in (run.get(key), earlier.get(key)) or run[key] == earlier[key]:
+            continue
+        before = earlier.get(shown or key)
+        now = run.get(shown or key)
+        if before == now or key == "prompt_sha256":
+            changes.append(f"the {name} has changed since")
+        else:
+            changes.append(f"{name} was {before}, not {now}")
+    if changes:
+        sys.exit(
+            f"error: {results_dir} contains predictions of a different run: {'; '.join(changes)}. "
+            "Use the original flags and files, --overwrite to replace these results, or --name "
+            "for results of another name."
+        )
+
+
+def read_answered(results_dir: Path, run: dict) -> set[tuple[str, str]]:
+    """Return the queries that the unfinished run in a folder has answered."""
+    path = results_dir / "predictions.jsonl"
+    if not path.exists():
+        return set()
+    check_same_run(run, results_dir)
+    os.truncate(path, path.read_bytes().rfind(b"\n") + 1)  # a kill may have cut the last line
+    predictions = {key_of(prediction): prediction for _, prediction in read_jsonl(path)}
+    return {key for key, found in predictions.items() if found["finish_reason"] != "failed"}
+
+
+def match_answers(path: Path, queries: list[dict]) -> dict[tuple[str, str], tuple[str, str]]:
+    """Return {query: (text, finish reason)} of the queries that a file of predictions answers."""
+    answers = {}
+    for place, row in read_jsonl(path):
+        has_output = {"content", "output", "tool_calls", "function_call"} & set(row)
+        missing = [key for key in ("conversation_id", "turn") if key not in row]
+        missing += [] if has_output else ["output"]
+        if missing:
+            sys.exit(
+                f"error: {place} has no {missing[0]!r}; its keys are {', '.join(row)}. Each line "
+                "needs conversation_id, turn and output."
+            )
+        with exit_on_error(place):
+            answers[key_of(row)] = read_answer(row)
+    ours = [key_of(query) for query in queries]
+    matched = {key: answers[key] for key in ours if key in answers}
+    if not matched:
+        theirs = next(iter(answers), ("none", "none"))
+        sys.exit(
+            f"error: no prediction in {path} matches a query of the test split. {path} has "
+            f'conversation_id "{theirs[0]}" with turn {theirs[1]}, the test split has '
+            f'conversation_id "{ours[0][0]}" with turn {ours[0][1]}.'
+        )
+    if len(matched) < len(answers):
+        print(f"Unused      {len(answers) - len(matched):,} predictions, which match no query")
+    return matched
+
+
+def evaluate(args: argparse.Namespace, results_dir: Path, queries: list[dict]) -> None:
+    """Write the answers of a model, a server or a file to run.json and predictions.jsonl."""
+    args.max_new_tokens = args.max_new_tokens or DEFAULT_MAX_NEW_TOKENS
+    run = describe_run(args)
     is_local = not (args.server or args.predictions)
+    given = match_answers(args.predictions, queries) if args.predictions else {}
+    adapter_dir = None
+    revision = args.revision
     if is_local and not args.baseline:
-        adapter_dir = Path(f"LoRA_{name}-function_calling")
-        if args.adapter:
-            adapter_dir, _ = find_folder(args.adapter)
-        with reading(f"{adapter_dir}, made by function_calling_train.py (or give --baseline)"):
-            training_run = json.loads((adapter_dir / "training_run.json").read_text())
-            revision = revision or training_run["commit"]
-            if model_name(training_run["model"]) != name:
-                raise ValueError(f"it was trained on --model {training_run['model']}")
-    model_dir, commit = find_folder(args.model, revision, with_weights=is_local)
+        adapter_dir, trained_commit = find_adapter(args)
+        revision = revision or trained_commit
+        run["adapter_sha256"] = hash_file(adapter_dir / "adapter_model.safetensors")
+    model_dir, run["commit"] = find_folder(args.model, revision, with_weights=is_local)
     if (model_dir / "adapter_config.json").is_file():
-        sys.exit(f"error: {model_dir} is an adapter: give it as --adapter, its base as --model")
-    with reading(model_dir / "tokenizer.json"):
+        sys.exit(f"error: {model_dir} is an adapter. Pass it as --adapter and its base as --model.")
+    with exit_on_error(model_dir / "tokenizer.json"):
         scorer = Tokenizer.from_buffer((model_dir / "tokenizer.json").read_bytes())
-    run = {"model": name, "commit": commit, "served_model": args.server_model}
-    run |= {"max_new_tokens": args.max_new_tokens, "test_split_sha256": sha256(args.test_file)}
     if is_local:
         device, dtype = choose_device(args.dtype)
         run["dtype"] = str(dtype).removeprefix("torch.")
-        if adapter_dir:
-            run["adapter_sha256"] = sha256(adapter_dir / "adapter_model.safetensors")
-    given = {}
-    for place, row in read_jsonl(args.predictions) if args.predictions else ():
-        with reading(place):
-            given[key_of(row)] = read_answer(row)
-    done = begin_results(args, results_dir, run)
-    left = [query for query in queries if key_of(query) not in done]
+        print(f"Model       {describe_model(args, adapter_dir, run['dtype'], device)}", flush=True)
+    answered = read_answered(results_dir, run) if args.resume else set()
+    left = [query for query in queries if key_of(query) not in answered]
+    if args.predictions:
+        left = [query for query in left if key_of(query) in given]
     if args.baseline:
-        left = [{**q, "prompt": write_for_base(q["prompt"], scorer)} for q in left]
-    if is_local and left:
-        import transformers
+        left = [{**query, "prompt": write_for_baseline(query["prompt"], scorer)} for query in left]
+    if not left:
+        return
+    with PredictionWriter(results_dir, run, scorer, is_resumed=bool(answered)) as writer:
+        if args.predictions:
+            for query in left:
+                writer.write(query, *given[key_of(query)])
+        elif args.server:
+            print(f"Server      {args.server_model} on {args.server}", flush=True)
+            asyncio.run(ask_server(left, args, writer.write))
+        else:
+            model, tokenizer = load_for_generation(model_dir, adapter_dir, device, dtype)
+            answers = ask_model(left, model, tokenizer, args)
+            progress = tqdm(answers, "Answering", len(left), unit=" queries", disable=None)
+            for query, text, finish_reason in progress:
+                writer.write(query, text, finish_reason)
+    if writer.unwritten:
+        sys.exit(
+            f"error: none of {len(writer.unwritten)} queries was answered, and nothing was stored. "
+            f"The first error: {writer.first_error}"
+        )
 
-        transformers.logging.disable_progress_bar()
-        with reading(adapter_dir or model_dir):
-            tokenizer = transformers.AutoTokenizer.from_pretrained(adapter_dir or model_dir)
-            model = load_model(model_dir, adapter_dir, device, dtype)
-        answers = ask_model(left, model, tokenizer, args)
-    else:
-        answers = [(q, *given[key_of(q)]) for q in left if key_of(q) in given]
-    with open(results_dir / "predictions.jsonl", "a", encoding="utf-8") as file:
-        if args.server:
-            asyncio.run(ask_server(left, args, file, scorer))
-            return
-        for answer in tqdm(answers, "Answering", len(left), unit=" queries", disable=None):
-            write_answer(file, scorer, *answer)
+
+def describe_model(
+    args: argparse.Namespace, adapter_dir: Path | None, dtype: str, device: str
+) -> str:
+    import torch
+
+    adapter = f" with {args.adapter or adapter_dir}" if adapter_dir else ""
+    gpu = f" ({torch.cuda.get_device_name()})" if device == "cuda" else ""
+    return f"{args.model}{adapter}, {dtype} on {device}{gpu}"
 
 
-def read_literal(text):
-    """Read JSON, or else a Python literal: the data exists in both."""
+def load_for_generation(
+    model_dir: Path, adapter_dir: Path | None, device: str, dtype: "torch.dtype"
+) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
+    """Load model and tokenizer. An adapter folder has a tokenizer with its own chat template."""
+    import transformers
+
+    transformers.logging.disable_progress_bar()
+    with exit_on_error(f"{adapter_dir or model_dir} cannot be loaded"):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(adapter_dir or model_dir)
+        return load_model(model_dir, adapter_dir, device, dtype), tokenizer
+
+
+# ---- Judge: calls and tools
+
+# How data sets write the types of JSON Schema. "any" means that any type is right.
+TYPE_NAMES = {
+    **dict.fromkeys(["dict", "map"], "object"),
+    **dict.fromkeys(["list", "tuple", "set"], "array"),
+    **dict.fromkeys(["str", "text"], "string"),
+    **dict.fromkeys(["int", "int32", "int64", "long"], "integer"),
+    **dict.fromkeys(["float", "double", "decimal"], "number"),
+    "bool": "boolean",
+    **dict.fromkeys(["nonetype", "none"], "null"),
+    **dict.fromkeys(["union", "optional", "type_unspecified"], "any"),
+}
+SCHEMA_KEYS = [  # where a tool's parameters are: OpenAI, Anthropic, MCP, Gemini
+    "parameters",
+    "input_schema",
+    "inputSchema",
+    "parametersJsonSchema",
+    "parameters_json_schema",
+]
+# Keywords whose values are objects, as the declarations of flat parameters are.
+OBJECT_KEYWORDS = {
+    "$defs",
+    "additionalProperties",
+    "const",
+    "default",
+    "definitions",
+    "dependentRequired",
+    "dependentSchemas",
+    "else",
+    "example",
+    "if",
+    "not",
+    "patternProperties",
+    "properties",
+    "propertyNames",
+    "then",
+    "unevaluatedProperties",
+}
+
+
+def read_literal(text: str) -> Any:
+    """Read JSON, or else a Python literal: the published data set exists in both."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
         return ast.literal_eval(text)
 
 
-def read_float(text):
-    return int(float(text)) if float(text).is_integer() else float(text)
+def read_float(text: str) -> int | float:
+    value = float(text)
+    return int(value) if value.is_integer() else value
 
 
-def parse_calls(text):
-    """Return the calls of a turn, None if malformed; arguments are the same if their "text" is."""
-    pieces, calls = re.split("(</?tool_call>)", text), []  # text, tag, text, tag, text ...
-    tags = pieces[1::2]
+def read_call(text: str) -> dict:
+    """Return {"name", "arguments", "text"}; equal arguments have equal texts. May raise."""
+    call = read_literal(text.strip())
+    name = call["name"]
+    arguments = call.get("arguments")
+    if isinstance(arguments, str):
+        arguments = read_literal(arguments) if arguments.strip() else None
+    if not name or not isinstance(name, str) or not isinstance(arguments, dict | None):
+        raise ValueError("not a call")
+    # Through JSON, so that a Python tuple is a list and 1.0 is 1.
+    arguments = json.loads(json.dumps(arguments or {}), parse_float=read_float)
+    return {"name": name, "arguments": arguments, "text": json.dumps(arguments, sort_keys=True)}
+
+
+def parse_calls(text: str) -> list[dict] | None:
+    """Return the calls of a turn, or None if one of them is malformed."""
+    tags = re.findall("</?tool_call>", text)
     if tags != ["<tool_call>", "</tool_call>"] * (len(tags) // 2):
         return None
     try:
-        for piece in pieces[2::4]:
-            call = read_literal(piece.strip())
-            name, arguments = call["name"], call.get("arguments")
-            if isinstance(arguments, str):
-                arguments = read_literal(arguments) if arguments.strip() else None
-            if not name or not isinstance(name, str) or not isinstance(arguments, dict | None):
-                return None
-            # As JSON: a Python tuple is a list, and 1.0 is 1.
-            arguments = json.loads(json.dumps(arguments or {}), parse_float=read_float)
-            text = json.dumps(arguments, sort_keys=True)
-            calls.append({"name": name, "arguments": arguments, "text": text})
-    except Exception:  # there is no closed list of what literal_eval raises
+        blocks = re.findall("<tool_call>(.*?)</tool_call>", text, re.DOTALL)
+        return [read_call(block) for block in blocks]
+    except Exception:  # literal_eval raises errors of many undocumented kinds
         return None
-    return calls
 
 
-def read_schema(part):
-    """One object of a declared schema, as json.loads reads it, in JSON Schema's own words."""
+def read_type(name: Any) -> str:
+    """A type in JSON Schema's word; xLAM writes "str, optional" and "List[int]"."""
+    text = str(name).lower().removesuffix(", optional")
+    text = re.split(r"[\[<]", text)[0].strip()
+    return TYPE_NAMES.get(text, text)
+
+
+def read_schema(part: dict) -> dict:
+    """Translate one object of a declared schema, as json.loads reads it, into JSON Schema."""
     types = part.get("type")
     if isinstance(types, str | list):
         types = [types] if isinstance(types, str) else types
-        types = {TYPE_NAMES.get(str(name).lower(), str(name).lower()) for name in types}
+        types = {read_type(name) for name in types}
         if part.get("nullable") is True:  # OpenAPI's word
             types.add("null")
         part["type"] = None if "any" in types else sorted(types)
-    if part.pop("patternProperties", None):  # any name of an argument may be meant
+    if part.pop("patternProperties", None):  # then any name of an argument may be right
         part["additionalProperties"] = True
     return {key: value for key, value in part.items() if value is not None and key != "$schema"}
 
 
+def read_parameters(function: dict) -> Any:
+    """The schema of a function's parameters; {} if it declares none.
+
+    Flat parameters are {argument: its declaration}, without "properties".
+    """
+    schema = next((function[key] for key in SCHEMA_KEYS if function.get(key)), {})
+    if not isinstance(schema, dict) or "properties" in schema:
+        return schema
+    flat = {name: value for name, value in schema.items() if isinstance(value, dict)}
+    others = {name: value for name, value in schema.items() if name not in flat}
+    known = {"type", "required", "title", "description", "additionalProperties", "nullable"}
+    if not flat or OBJECT_KEYWORDS & set(flat) or not known.issuperset(others):
+        return schema
+    required = list(others.pop("required", []))
+    for name, declaration in flat.items():
+        if isinstance(declaration.get("required"), bool) and declaration.pop("required"):
+            required.append(name)
+    return {**others, "properties": flat, "required": sorted(set(required))}
+
+
 @functools.cache  # many conversations declare the same tools
-def read_tools(tools_text):
-    """The tools that a row declares: {name: schema of its parameters, None if it is unreadable}."""
-    tools = {}
-    for tool in json.loads(tools_text, object_hook=read_schema) or []:
-        function = tool.get("function", tool)
-        if isinstance(function, dict):
-            schema = function.get("parameters", {})
-            try:  # formats, and with them patterns, are not looked at
+def read_tools(tools_text: str | None) -> dict[str, dict | None] | None:
+    """Return {name: schema of its parameters, None if it is unreadable} of a row's tools.
+
+    Returns None if the tools as a whole cannot be read. Their calls are not checked then.
+    """
+    try:
+        declared = json.loads(tools_text, object_hook=read_schema) or []
+        declared = [declared] if isinstance(declared, dict) else declared
+        functions = []
+        for tool in declared:
+            nested = tool.get("function_declarations", tool.get("functionDeclarations"))
+            functions += nested or [tool.get("function", tool)]
+        tools = {}
+        for function in functions:
+            try:  # formats, and with them patterns, are not checked
+                schema = read_parameters(function)
                 Draft202012Validator.check_schema(schema, FormatChecker(()))
-            except Exception:  # there is no closed list of what rubbish makes the library raise
+            except Exception:  # bad schemas make it raise errors of many kinds
                 schema = None
             tools.setdefault(str(function.get("name")), schema)
+    except (TypeError, ValueError, AttributeError, RecursionError):
+        return None
     return tools
 
 
-def follow_reference(counter, validator, reference, instance, schema):
-    """The keyword "$ref", which leaves no schema and gives up where references never end."""
-    if next(counter) > MAX_REFERENCES or not reference.startswith("#"):
-        raise ValueError
-    return Draft202012Validator.VALIDATORS["$ref"](validator, reference, instance, schema)
+# ---- Judge: a call against its declaration
+
+MAX_REFERENCES = 1000  # "$ref"s that are followed while one call is checked
+BRANCHES = {"allOf", "anyOf", "oneOf", "if", "dependentSchemas", "$ref"}
+PROBLEMS = {
+    "required": "required argument missing",
+    "additionalProperties": "argument not declared",
+}
 
 
-def find_problems(call, tools):
-    """What the declared tools have against a call, as a list of words; None if it is unchecked."""
+def check_multiple_of(
+    validator: Any, factor: float, instance: Any, schema: dict
+) -> Iterator[ValidationError]:
+    """The keyword "multipleOf" with a tolerance for rounding: 19.99 is a multiple of 0.01."""
+    if not validator.is_type(instance, "number"):
+        return
+    if isinstance(instance, int) and isinstance(factor, int):
+        is_multiple = instance % factor == 0
+    else:
+        quotient = instance / factor
+        is_multiple = math.isclose(quotient, round(quotient), rel_tol=1e-12)
+    if not is_multiple:
+        yield ValidationError(f"{instance} is not a multiple of {factor}")
+
+
+# A hostile schema can make these keywords run forever, so they are not checked.
+UNCHECKED = ["pattern", "uniqueItems", "$dynamicRef", "unevaluatedProperties", "unevaluatedItems"]
+CHECKER = extend(
+    Draft202012Validator,
+    {**dict.fromkeys(UNCHECKED), "multipleOf": check_multiple_of},
+)
+
+
+def build_checker(schema: dict) -> Any:
+    """Return a validator that fetches no other schema and gives up on endless references."""
+    num_followed = 0
+
+    def follow_reference(
+        validator: Any, reference: str, instance: Any, schema: dict
+    ) -> Iterable[ValidationError] | None:
+        nonlocal num_followed
+        num_followed += 1
+        if num_followed > MAX_REFERENCES or not reference.startswith("#"):
+            raise ValueError("this reference is not followed")
+        return Draft202012Validator.VALIDATORS["$ref"](validator, reference, instance, schema)
+
+    if "$ref" not in json.dumps(schema):
+        return CHECKER(schema)
+    return extend(CHECKER, {"$ref": follow_reference})(schema)
+
+
+def list_objects(value: Any) -> Iterator[dict]:
+    """Yield all objects inside a JSON value, itself included."""
+    if isinstance(value, dict):
+        yield value
+    if isinstance(value, dict | list):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from list_objects(item)
+
+
+def find_problems(call: dict, tools: dict[str, dict | None] | None) -> list[str] | None:
+    """List the problems of a call according to the declared tools; None if it is unchecked."""
+    if tools is None:
+        return None
     if call["name"] not in tools:
         return ["unknown function"]
-    schema, arguments, parts = tools[call["name"]], call["arguments"], []
+    schema = tools[call["name"]]
+    arguments = call["arguments"]
     try:
-        followed = {"$ref": functools.partial(follow_reference, itertools.count())}
-        checker = extend(CHECKER, followed) if "$ref" in json.dumps(schema) else CHECKER
-        keywords = {error.validator for error in checker(schema).iter_errors(arguments)}
-        # An argument is to be declared here or, where the schema branches, in any part of it.
-        json.loads(json.dumps(schema), object_hook=lambda part: parts.append(part) or part)
-        parts = parts if BRANCHES & set(schema) else [schema]
+        keywords = {error.validator for error in build_checker(schema).iter_errors(arguments)}
+        # An argument must be declared here or, where the schema branches, in any part of it.
+        parts = list(list_objects(schema)) if BRANCHES & set(schema) else [schema]
         declared = {name for part in parts for name in part.get("properties", ())}
         is_open = any(part.get("additionalProperties", False) is not False for part in parts)
         if not is_open and not declared.issuperset(arguments):
             keywords.add("additionalProperties")
-    except Exception:  # a schema that is none, or only breaks when it is used
+    except Exception:  # the schema is unreadable, or fails only when it is used
         return None
-    return sorted({FAULTS.get(keyword, "wrong type") for keyword in keywords})
+    return sorted({PROBLEMS.get(keyword, "wrong type") for keyword in keywords})
 
 
-def judge_turn(prediction, tools, seen_tools=None):
-    """Judge a prediction: its failure and problems, and {metric: (numerator, denominator)}."""
-    wanted, calls = parse_calls(prediction["reference"]), parse_calls(prediction["output"])
-    is_malformed, calls, reason = calls is None, calls or [], prediction["finish_reason"]
-    problems = [find_problems(call, tools) for call in calls]
-    counts = {prediction["kind"]: (prediction["score"], 1)}
-    counts["valid_call"] = (problems.count([]), len(problems) - problems.count(None))
-    verdict = {"failure": None, "problems": problems, "counts": counts, "is_faulty": wanted is None}
-    if wanted is None:  # by it no output is judged
+# ---- Judge: a turn against its reference
+
+
+def find_failure(
+    reason: str, expected: list[tuple], calls: list[tuple] | None, is_right: bool
+) -> str | None:
+    """The class of a failed turn, None if it is right; calls are (name, arguments), sorted."""
+    if reason == "failed":
+        return "failed"
+    if reason == "max_new_tokens" and not (expected and is_right):
+        return "truncated"
+    if calls is None:
+        return "malformed"
+    if calls and not expected:
+        return "unneeded_call"
+    if len(calls) != len(expected):
+        return "wrong_count" if calls else "no_call"
+    if is_right:
+        return None
+    has_right_names = [name for name, _ in calls] == [name for name, _ in expected]
+    return "wrong_arguments" if has_right_names else "wrong_function"
+
+
+def judge_turn(
+    prediction: dict, tools: dict[str, dict | None] | None, seen_tools: set[str] | None = None
+) -> dict:
+    """Judge a prediction.
+
+    Returns its "failure" (a class or None), its "problems" (a list for each call, None for an
+    unchecked call), "is_faulty" (the reference cannot be parsed, so nothing can be judged against
+    it) and "counts": {metric: (numerator, denominator)}.
+    """
+    expected = parse_calls(prediction["reference"])
+    calls = parse_calls(prediction["output"])
+    problems = [find_problems(call, tools) for call in calls or []]
+    num_checked = len(problems) - problems.count(None)
+    counts = {
+        prediction["kind"]: (prediction["score"], 1),
+        "valid_call": (problems.count([]), num_checked),
+    }
+    verdict = {"failure": None, "problems": problems, "counts": counts, "is_faulty": False}
+    if expected is None:
+        verdict["is_faulty"] = True
         return verdict
-    needed, hit, attempted = bool(wanted), bool(wanted and calls), bool(calls or is_malformed)
-    counts["precision"] = (hit, attempted)
-    counts["recall"] = (hit, needed)
-    counts["f1"] = (2 * hit, attempted + needed)
-    wanted = sorted((call["name"], call["text"]) for call in wanted)  # in any order
-    calls = sorted((call["name"], call["text"]) for call in calls)
-    is_right = wanted == calls and not is_malformed
-    names_right = [name for name, _ in wanted] == [name for name, _ in calls]
-    if needed:
-        counts["name_right"] = (names_right, 1)
-        counts["arguments_right"] = (sorted(t for _, t in wanted) == sorted(t for _, t in calls), 1)
-        counts["turn_right"] = (is_right, 1)
-    if needed and seen_tools is not None:
-        group = "seen" if {name for name, _ in wanted} <= seen_tools else "unseen"
+    is_needed = bool(expected)
+    is_attempted = calls is None or bool(calls)
+    is_hit = bool(expected and calls)
+    counts["precision"] = (is_hit, is_attempted)
+    counts["recall"] = (is_hit, is_needed)
+    counts["f1"] = (2 * is_hit, is_attempted + is_needed)
+    expected = sorted((call["name"], call["text"]) for call in expected)  # in any order
+    if calls is not None:
+        calls = sorted((call["name"], call["text"]) for call in calls)
+    is_right = expected == calls
+    reason = read_finish_reason(prediction["finish_reason"])
+    verdict["failure"] = find_failure(reason, expected, calls, is_right)
+    if not is_needed:
+        return verdict
+    names = [[name for name, _ in found] for found in (expected, calls or [])]
+    arguments = [sorted(text for _, text in found) for found in (expected, calls or [])]
+    counts["name_right"] = (names[0] == names[1], 1)
+    counts["arguments_right"] = (arguments[0] == arguments[1], 1)
+    counts["turn_right"] = (is_right, 1)
+    if seen_tools is not None:
+        group = "seen" if seen_tools.issuperset(names[0]) else "unseen"
         counts[f"turn_right_{group}_tools"] = (is_right, 1)
-    if reason != "end_of_turn" and not (needed and is_right):
-        verdict["failure"] = "failed" if reason == "failed" else "truncated"
-    elif is_malformed:
-        verdict["failure"] = "malformed"
-    elif calls and not wanted:
-        verdict["failure"] = "unneeded_call"
-    elif len(calls) != len(wanted):
-        verdict["failure"] = "wrong_count" if calls else "no_call"
-    elif not is_right:
-        verdict["failure"] = "wrong_arguments" if names_right else "wrong_function"
     return verdict
 
 
-def resample(turns):
-    """Each metric of all turns, then in 2,000 samples: [1 + sample, metric]; and its n [metric]."""
-    sums_of = {}  # conversations are drawn, for their turns hang together
+def judge_predictions(
+    path: Path, queries: list[dict], seen_tools: set[str] | None
+) -> dict[tuple[str, str], dict]:
+    """Return {query: its prediction with the verdict} for the queries that a file answers."""
+    predictions = {}
+    for place, row in read_jsonl(path, ignore_cut_line=True):
+        with exit_on_error(place):
+            predictions[key_of(row)] = row  # the last one counts
+    judged = {}
+    for query in queries:
+        prediction = predictions.get(key_of(query))
+        if prediction and prediction["reference"] == query["reference"]:
+            verdict = judge_turn(prediction, read_tools(query["tools"]), seen_tools)
+            is_repeated = query.get("is_repeated", False)
+            judged[key_of(query)] = {**prediction, **verdict, "is_repeated": is_repeated}
+    return judged
+
+
+def text_key(query: dict) -> tuple:
+    """Prompt and reference of a query, to find the same query elsewhere."""
+    messages = [(message["role"], message["content"]) for message in query["prompt"]]
+    return (*messages, query["reference"])
+
+
+def compare_with_train(queries: list[dict], test_file: Path) -> set[str] | None:
+    """Mark each query with "is_repeated": prompt and reference are also in the train split.
+
+    Returns the names of all tools in the train split, or None without a train split.
+    """
+    train_file = test_file.with_name("function_calling_train.jsonl")
+    if not train_file.is_file():
+        return None
+    texts = set()
+    names = set()
+    for query in read_queries(train_file):
+        texts.add(text_key(query))
+        names.update(read_tools(query["tools"]) or {})
+        names.update(call["name"] for call in parse_calls(query["reference"]) or [])
+    for query in queries:
+        query["is_repeated"] = text_key(query) in texts
+    return names
+
+
+# ---- Judge: means and intervals
+
+METRICS = [  # keys in metrics.json
+    "function_calling",
+    "helpful_exchange",
+    "name_right",
+    "arguments_right",
+    "turn_right",
+    "turn_right_seen_tools",
+    "turn_right_unseen_tools",
+    "valid_call",
+    "precision",
+    "recall",
+    "f1",
+]
+NUM_SAMPLES = 2000  # of the bootstrap
+
+
+def resample(turns: list[dict]) -> tuple[numpy.ndarray, numpy.ndarray]:
+    """Return (values [1 + sample, metric], n [metric]); the first row of values is the mean.
+
+    Samples draw conversations, because the turns of one conversation are not independent.
+    """
+    sums_of = {}
     for turn in turns:
         sums = sums_of.setdefault(turn["conversation_id"], numpy.zeros((len(METRICS), 2)))
         for metric, pair in turn["counts"].items():
             sums[METRICS.index(metric)] += pair
     sums = numpy.array(list(sums_of.values()))
     share = numpy.full(len(sums), 1 / len(sums))
-    drawn = numpy.random.default_rng(0).multinomial(len(sums), share, size=2000)
+    drawn = numpy.random.default_rng(0).multinomial(len(sums), share, size=NUM_SAMPLES)
     totals = numpy.tensordot(numpy.vstack([numpy.ones(len(sums)), drawn]), sums, 1)
     with numpy.errstate(invalid="ignore", divide="ignore"):
         return totals[..., 0] / totals[..., 1], totals[0, :, 1]
 
 
-def estimate(turns, base=None):
-    """{metric: {"value", "n", "interval"}}, or the paired difference to `base`'s same turns."""
+def estimate(turns: list[dict], baseline: list[dict] | None = None) -> dict[str, dict]:
+    """Return {metric: {"value", "n", "interval"}} of some turns.
+
+    With `baseline`, judged predictions for the same queries, the values are paired differences.
+    """
+    if not turns:
+        return {}
     values, n = resample(turns)
-    if base:
-        values = values - resample(base)[0]  # the same conversations are drawn
+    if baseline:
+        values = values - resample(baseline)[0]  # the same conversations are drawn
     result = {}
     for i, metric in enumerate(METRICS):
         if not numpy.isnan(values[0, i]):
@@ -524,127 +1446,440 @@ def estimate(turns, base=None):
     return result
 
 
-def judge_predictions(path, queries, seen_tools):
-    """Return {query: its prediction with the verdict} for the queries that a file answers."""
-    found = {key_of(row): row for _, row in read_jsonl(path)}  # the last one for a query counts
-    judged = {}
-    for query in queries:
-        prediction = found.get(key_of(query))
-        if prediction and prediction["reference"] == query["reference"]:
-            verdict = judge_turn(prediction, read_tools(query["tools"]), seen_tools)
-            judged[key_of(query)] = prediction | verdict
-    return judged
-
-
-def summarize(turns):
+def summarize(turns: list[dict]) -> dict:
     """The scores of judged turns, and how often each thing went wrong."""
-    of_calls = [problems for turn in turns for problems in turn["problems"]]
-    num_faulty = sum(turn["is_faulty"] for turn in turns)
+    calls = [problems for turn in turns for problems in turn["problems"]]
     return {
         "queries": len(turns),
         "scores": estimate(turns),
         "failures": Counter(turn["failure"] for turn in turns if turn["failure"]),
-        "finish_reasons": Counter(turn["finish_reason"] for turn in turns),
-        "problems": Counter(word for problems in of_calls for word in problems or []),
-        "left_out": {"unchecked calls": of_calls.count(None), "faulty references": num_faulty},
+        "finish_reasons": Counter(read_finish_reason(turn["finish_reason"]) for turn in turns),
+        "problems": Counter(word for problems in calls for word in problems or []),
+        "left_out": {
+            "unchecked calls": calls.count(None),
+            "faulty references": sum(turn["is_faulty"] for turn in turns),
+        },
     }
 
 
-def read_seen_tools(test_file):
-    """The names of all tools in the train split beside the test split, None without one."""
-    train_file, names = test_file.with_name("function_calling_train.jsonl"), set()
-    if not train_file.is_file():
-        return None
-    for query in read_queries(train_file):
-        names.update(read_tools(query["tools"]))
-        names.update(call["name"] for call in parse_calls(query["reference"]) or [])
-    return names
+# ---- Report
+
+LABELS = {  # rows of the printed table
+    "turn_right": "exact calls",
+    "turn_right_seen_tools": "... tools seen in training",
+    "turn_right_unseen_tools": "... unseen tools",
+    "function_calling": "function calling",
+    "helpful_exchange": "helpful exchange",
+    "name_right": "function names right",
+    "arguments_right": "arguments right",
+    "valid_call": "valid calls",
+    "precision": "call precision",
+    "recall": "call recall",
+    "f1": "call F1",
+}
+MAIN_METRICS = ["turn_right", "function_calling", "helpful_exchange"]
+
+# Baseline, fine-tuned (README) and fine-tuned (notebook) of the original, on its first 300 test
+# conversations.
+PUBLISHED = {
+    "gemma-3-1b-it": {
+        "function_calling": "0.28 / 0.91 / 0.973",
+        "helpful_exchange": "0.29 / 0.78 / 0.815",
+    },
+    "gemma-3-270m-it": {
+        "function_calling": "0.13 / 0.90 / 0.955",
+        "helpful_exchange": "0.48 / 0.68 / 0.779",
+    },
+}
+
+# Two runs are compared only if these agree; a difference in the second list is pointed out.
+CONDITIONS = ["test_split_sha256", "prompt_sha256", "max_new_tokens"]
+REMARKABLE = ["model_path", "commit", "dtype"]
 
 
-def format_scores(columns, model):
-    """A table of scores; `columns` maps titles to what estimate returns."""
-    rows, published = [["", "n", *columns, "published: base, tuned"]], PUBLISHED.get(model, [])
-    for metric, figures in itertools.zip_longest(METRICS, published, fillvalue=""):
-        row = [metric.replace("_", " "), ""]  # n is that of the last column
+@dataclasses.dataclass
+class Comparison:
+    """The run to compare with, and the queries that it shares with the run being reported."""
+
+    folder: Path
+    label: str
+    conditions: list[str]  # what differs and forbids a difference, in words
+    remarks: list[str]  # what else differs, in words
+    is_limit_unknown: bool  # predictions made elsewhere do not tell their --max-new-tokens
+    ours: list[dict]  # judged turns of the queries that both runs answered
+    theirs: list[dict]
+
+
+def find_comparison(args: argparse.Namespace, results_dir: Path) -> Path | None:
+    """The results folder to compare with, None if there is none."""
+    folder = args.compare_with
+    if folder is None:
+        folder = results_dir.with_name(BASELINE)
+        if folder == results_dir or not (folder / "predictions.jsonl").is_file():
+            return None
+    elif folder.resolve() == results_dir.resolve():
+        sys.exit(f"error: --compare-with {folder} is the folder of the run itself")
+    read_run(folder)
+    return folder
+
+
+def describe_value(run: dict, key: str) -> str:
+    _, shown = RUN_KEYS[key]
+    value = run.get(key)
+    if value is None:
+        return "not recorded"
+    if key.endswith("_sha256"):
+        return " ".join([*([run[shown]] if shown else []), f"(sha256 {value[:8]})"])
+    return str(value)
+
+
+def compare_runs(
+    run: dict, turns: dict, results_dir: Path, folder: Path, queries: list[dict], seen: set | None
+) -> Comparison:
+    """Judge another run's predictions on the same queries, and list how the two runs differ."""
+    theirs = read_run(folder)
+    lists = []
+    for keys in (CONDITIONS, REMARKABLE):
+        changed = [key for key in keys if run.get(key) != theirs.get(key)]
+        words = []
+        for key in changed:
+            values = f"{describe_value(run, key)} here, {describe_value(theirs, key)} there"
+            words.append(f"{RUN_KEYS[key][0]}: {values}")
+        lists.append(words)
+    judged = {}
+    if run["test_split_sha256"] == theirs.get("test_split_sha256"):
+        judged = judge_predictions(folder / "predictions.jsonl", queries, seen)
+    both = [key for key in turns if key in judged]
+    has_same_name = folder.name == results_dir.name
+    return Comparison(
+        folder=folder,
+        label=str(folder) if has_same_name else folder.name,
+        conditions=lists[0],
+        remarks=lists[1],
+        is_limit_unknown="predictions file" in (run["source"], theirs.get("source")),
+        ours=[turns[key] for key in both],
+        theirs=[judged[key] for key in both],
+    )
+
+
+def make_columns(
+    label: str, turns: list[dict], comparison: Comparison | None, with_repeated: bool = True
+) -> dict[str, dict]:
+    """Return {title: scores} for a table, the difference included where it is allowed."""
+
+    def choose(turns: list[dict]) -> list[dict]:
+        return [turn for turn in turns if with_repeated or not turn["is_repeated"]]
+
+    if not comparison or not comparison.ours:
+        return {label: estimate(choose(turns))}
+    ours = choose(comparison.ours)
+    theirs = choose(comparison.theirs)
+    columns = {comparison.label: estimate(theirs), label: estimate(ours)}
+    if ours and not comparison.conditions:
+        columns["difference"] = estimate(ours, theirs)
+    return columns
+
+
+def format_scores(
+    columns: dict[str, dict],
+    published: dict[str, str] | None = None,
+    metrics: Iterable[str] = LABELS,
+) -> str:
+    """A table of scores. n is the number of queries, calls or attempts that a score is about."""
+    rows = [["", "n", *columns, *(["published"] if published else [])]]
+    for metric in metrics:
+        counts = []
+        cells = []
         for title, scores in columns.items():
-            cell, sign = "-", "+" if title == "difference" else ""
-            if metric in scores:
-                value, n, (low, high) = scores[metric].values()
-                cell, row[1] = f"{value:{sign}.3f} [{low:{sign}.3f}, {high:{sign}.3f}]", str(n)
-            row.append(cell)
-        rows.append([*row, figures])
+            if metric not in scores:
+                cells.append("-")
+                continue
+            low, high = scores[metric]["interval"]
+            sign = "+" if title == "difference" else ""
+            value = scores[metric]["value"]
+            cells.append(f"{value:{sign}.3f} [{low:{sign}.3f}, {high:{sign}.3f}]")
+            if title != "difference" and scores[metric]["n"] not in counts:
+                counts.append(scores[metric]["n"])
+        if counts:
+            figures = [published.get(metric, "")] if published else []
+            rows.append([LABELS[metric], "/".join(map(str, counts)), *cells, *figures])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join("  ".join(map(str.rjust, row, widths)).rstrip() for row in rows)
+    lines = []
+    for label, *cells in rows:
+        cells = map(str.rjust, cells, widths[1:])
+        lines.append("  ".join([label.ljust(widths[0]), *cells]).rstrip())
+    return "\n".join(lines)
 
 
-def plot_scores(columns, name, path):
-    """Draw scores with their intervals; `columns` maps labels to what estimate returns."""
+def plot_scores(columns: dict[str, dict], title: str, path: Path) -> None:
+    """Draw the main scores with their intervals, one bar for each run that measured them."""
     from matplotlib.figure import Figure
 
-    figure, height = Figure(figsize=(9, 9), layout="constrained"), 0.8 / len(columns)
+    names = {"turn_right": "Exact calls"}
+    names |= {"function_calling": "Function calling\n(token overlap)"}
+    names |= {"helpful_exchange": "Helpful exchange\n(token overlap)"}
+    metrics = [metric for metric in MAIN_METRICS if any(metric in c for c in columns.values())]
+    height = 0.8 / len(columns)
+    figure = Figure(figsize=(8, 1.2 + 0.55 * len(metrics) * len(columns)), layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.08)
     axes = figure.subplots()
-    for place, (label, scores) in enumerate(columns.items()):
-        rows = [METRICS.index(metric) + (place + 0.5) * height - 0.4 for metric in scores]
-        values = numpy.array([entry["value"] for entry in scores.values()])
-        reach = numpy.abs(numpy.array([entry["interval"] for entry in scores.values()]).T - values)
-        bars = axes.barh(rows, values, height, xerr=reach, label=label)
-        axes.bar_label(bars, fmt="%.3f", padding=3)
-    axes.set_yticks(range(len(METRICS)), [metric.replace("_", " ") for metric in METRICS])
-    axes.set(xlim=(0, 1.15), ylim=(len(METRICS) - 0.5, -0.5), title=f"{name}: 95 % intervals")
-    figure.legend(loc="outside lower center", ncols=3)
-    figure.savefig(path)
+    for number, (label, scores) in enumerate(columns.items()):
+        measured = [metric for metric in metrics if metric in scores]
+        places = [metrics.index(metric) + (number + 0.5) * height - 0.4 for metric in measured]
+        values = numpy.array([scores[metric]["value"] for metric in measured])
+        bounds = numpy.array([scores[metric]["interval"] for metric in measured]).reshape(-1, 2)
+        color = ["#9aa5b1", "#1f6fb4"][number - len(columns)]
+        axes.barh(places, values, height * 0.92, color=color, label=label)
+        axes.hlines(places, bounds[:, 0], bounds[:, 1], color="#222222", linewidth=1.2)
+        for place, value, high in zip(places, values, bounds[:, 1], strict=True):
+            axes.text(max(value, high) + 0.012, place, f"{value:.2f}", va="center")
+    labels = []
+    for metric in metrics:
+        counts = {scores[metric]["n"] for scores in columns.values() if metric in scores}
+        labels.append(f"{names[metric]}\nn = {'/'.join(map(str, sorted(counts)))}")
+    axes.set_yticks(range(len(metrics)), labels)
+    axes.set_ylim(len(metrics) - 0.5, -0.5)
+    axes.set_xlim(0, 1.1)
+    axes.set_xticks([0, 0.2, 0.4, 0.6, 0.8, 1])
+    axes.set_xlabel("score from 0 to 1, with 95% confidence interval")
+    axes.set_title(title)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False)
+    figure.savefig(path, dpi=150)
 
 
-def report_results(args, results_dir, queries):
-    """Judge the predictions, draw and print their scores beside the base's, write metrics.json."""
-    label, base_dir, base = results_dir.name, results_dir.with_name("base"), {}
-    seen_tools = read_seen_tools(args.test_file)
-    turns = judge_predictions(results_dir / "predictions.jsonl", queries, seen_tools)
-    if not turns:
-        sys.exit(f"error: {results_dir} answers no query of {args.test_file}: --overwrite it")
-    metrics = summarize(list(turns.values()))
-    metrics["run"] = json.loads((results_dir / "run.json").read_text())
-    name, columns, difference = metrics["run"]["model"], {label: metrics["scores"]}, {}
-    if label != "base" and (base_dir / "metrics.json").is_file():
-        base = judge_predictions(base_dir / "predictions.jsonl", queries, seen_tools)
-    if both := [key for key in turns if key in base]:
-        ours, theirs = [turns[key] for key in both], [base[key] for key in both]
-        columns = {"base": estimate(theirs), label: estimate(ours)}
-        difference = {"difference": estimate(ours, theirs)}
-    plot_scores(columns, name, results_dir.with_name("comparison.png"))
-    (results_dir / "metrics.json").write_text(json.dumps(metrics | difference, indent=2))
-    print(f"Written to  {results_dir}/, {len(turns):,} of {len(queries):,} queries\n")
-    print(format_scores(columns | difference, name))
-    for key in ("failures", "problems", "left_out"):
-        found = ", ".join(f"{n:,} {words}" for words, n in metrics[key].items() if n)
-        print(f"{key}: {found or 'none'}".replace("_", " "))
-    wrong = [turn for turn in turns.values() if turn["failure"]]
-    for turn in random.Random(0).sample(wrong, len(wrong))[: args.show_failures]:
-        print(f"\n{turn['failure']}: conversation {turn['conversation_id']}, turn {turn['turn']}")
-        print(f"REFERENCE\n{turn['reference']}\nOUTPUT\n{turn['output']}")
-    if failed := [turn for turn in wrong if turn["failure"] == "failed"]:
-        words = "queries failed and count as wrong, --resume asks them again; the first:"
-        sys.exit(f"error: {len(failed)} {words} {key_of(failed[0])}, {failed[0].get('error')}")
+def draw_report(
+    results_dir: Path, run: dict, turns: list[dict], comparison: Comparison | None, is_default: bool
+) -> Path:
+    """Draw the picture of a report into the folder of its run; return its path."""
+    label = results_dir.name
+    columns = make_columns(label, turns, comparison)
+    name = "scores.png"
+    title = f"{run['model']}: {label}, {len(turns):,} queries"
+    if "difference" in columns:
+        del columns["difference"]
+        name = "comparison.png" if is_default else f"comparison-with-{comparison.folder.name}.png"
+        title = f"{run['model']}: {comparison.label} and {label}, {len(comparison.ours):,} queries"
+    else:
+        columns = {label: estimate(turns)}
+        if is_default:
+            (results_dir / "comparison.png").unlink(missing_ok=True)  # no longer true
+    plot_scores(columns, title, results_dir / name)
+    return results_dir / name
 
 
-def main(argv=None):
-    args = parse_args(argv)
-    warnings.simplefilter("ignore")  # of libraries, and of odd escapes in what a model wrote
-    name, label = model_name(args.model), "base" if args.baseline else "tuned"
-    source = args.predictions or args.server_model or args.adapter
-    if source and not args.baseline and model_name(source) != f"LoRA_{name}-function_calling":
-        label = model_name(source).removesuffix(".jsonl")
-    results_dir, queries = args.output_dir / name / label, read_queries(args.test_file, args.limit)
-    if not args.rescore:
+def report_results(
+    args: argparse.Namespace, results_dir: Path, queries: list[dict], compare_dir: Path | None
+) -> list[dict]:
+    """Judge the predictions, print their scores next to another run's, write metrics.json.
+
+    Returns the judged turns.
+    """
+    label = results_dir.name
+    run = read_run(results_dir)
+    seen_tools = compare_with_train(queries, args.test_file)
+    judged = judge_predictions(results_dir / "predictions.jsonl", queries, seen_tools)
+    if not judged:
+        sys.exit(
+            f"error: {results_dir} answers no query of {args.test_file}. Use --overwrite to "
+            "evaluate again."
+        )
+    turns = list(judged.values())
+    comparison = None
+    if compare_dir:
+        comparison = compare_runs(run, judged, results_dir, compare_dir, queries, seen_tools)
+    columns = make_columns(label, turns, comparison)
+    without_repeated = make_columns(label, turns, comparison, with_repeated=False)
+    metrics = summarize(turns)
+    metrics["repeated_queries"] = [key_of(turn) for turn in turns if turn["is_repeated"]]
+    metrics["scores_without_repeated"] = estimate([t for t in turns if not t["is_repeated"]])
+    if comparison:
+        metrics["comparison"] = {
+            "folder": str(comparison.folder),
+            "queries": len(comparison.ours),
+            "not_comparable": comparison.conditions,
+            "also_different": comparison.remarks,
+            "scores": columns.get(comparison.label, {}),
+        }
+    if "difference" in columns:
+        metrics["difference"] = columns["difference"]
+    metrics["run"] = run
+    path = results_dir / "metrics.json"
+    path.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+    picture = draw_report(results_dir, run, turns, comparison, not args.compare_with)
+
+    num_answered = len(turns) - metrics["failures"]["failed"]
+    print(f"Results     {results_dir}/, {num_answered:,} of {len(queries):,} queries answered")
+    print(f"Picture     {picture}")
+    print_comparison(comparison)
+    published = PUBLISHED.get(run["model"]) if run.get("is_published_split") else None
+    print(f"\n{format_scores(columns, published)}\n")
+    if published:
+        print("published: baseline / fine-tuned (README) / fine-tuned (notebook) of the original\n")
+    if metrics["repeated_queries"]:
+        num_repeated = len(metrics["repeated_queries"])
+        print(f"{num_repeated:,} of these queries are also in the train split. Without them:\n")
+        print(f"{format_scores(without_repeated, metrics=MAIN_METRICS)}\n")
+    print_counts(metrics)
+    print_failures(turns, queries, args)
+    return turns
+
+
+def print_comparison(comparison: Comparison | None) -> None:
+    """Say which runs the table compares, or why it does not compare them."""
+    if not comparison:
+        return
+    if comparison.conditions:
+        print(f"No comparison with {comparison.folder}/, because these differ:")
+        print(textwrap.indent("\n".join(comparison.conditions), "            "))
+    elif not comparison.ours:
+        print(f"No comparison with {comparison.folder}/: it answers none of these queries")
+    else:
+        num_shared = len(comparison.ours)
+        print(f"Compared    with {comparison.folder}/ on the {num_shared:,} queries in both runs")
+    if comparison.is_limit_unknown and not comparison.conditions:
+        print("Note        --max-new-tokens is assumed, not known, for predictions made elsewhere")
+    if comparison.remarks:
+        print(f"Note        the runs also differ in {'; '.join(comparison.remarks)}")
+
+
+def print_counts(metrics: dict) -> None:
+    """Print how many queries failed in which way, and how many were left out of the scores."""
+    titles = {
+        "failures": "Failures",
+        "problems": "Call errors",
+        "left_out": "Left out",
+    }
+    words = {
+        "unchecked calls": "calls of tools that cannot be read (not in valid calls)",
+        "faulty references": "queries whose reference call cannot be parsed",
+    }
+    for key, title in titles.items():
+        counts = sorted(metrics[key].items(), key=lambda item: -item[1])
+        found = [f"{n:,} {words.get(name, name.replace('_', ' '))}" for name, n in counts if n]
+        print(f"{title:<11} {', '.join(found) or 'none'}")
+
+
+def find_request(prompt: list[dict], wording: dict) -> str:
+    """The user's last message, without the tool declarations that step 1 puts in front of it."""
+    texts = [message["content"] for message in prompt if message["role"] == "user"]
+    texts = [text for text in texts if not text.lstrip().startswith("<tool_response>")]
+    text = texts[-1] if texts else ""
+    end_of_declarations = wording.get("before_request", "")
+    if wording.get("after_tools", "</tools>") in text and end_of_declarations:
+        text = text.rpartition(end_of_declarations)[2]
+    text = text.strip()
+    return text if len(text) <= 1000 else f"... {text[-1000:]}"
+
+
+def print_failures(turns: list[dict], queries: list[dict], args: argparse.Namespace) -> None:
+    """Print a random choice of --show-failures failed queries, grouped by class of failure."""
+    failed = [turn for turn in turns if turn["failure"]]
+    shown = random.Random(0).sample(failed, min(args.show_failures, len(failed)))
+    if not shown:
+        return
+    totals = Counter(turn["failure"] for turn in failed)
+    counts = Counter(turn["failure"] for turn in shown)
+    prompts = {key_of(query): query["prompt"] for query in queries}
+    wording = read_dataset_info(args.test_file).get("prompt", {})
+    for failure, total in totals.most_common():
+        name = failure.replace("_", " ")
+        if counts[failure]:
+            print(f"\n==== {name}: {counts[failure]} of {total} ====")
+        for turn in shown:
+            if turn["failure"] != failure:
+                continue
+            mark = " (also in the train split)" if turn["is_repeated"] else ""
+            print(f"\n{name}: conversation {turn['conversation_id']}, turn {turn['turn']}{mark}")
+            problems = [word for found in turn["problems"] for word in found or []]
+            if problems:
+                print(f"CALL ERRORS {', '.join(problems)}")
+            if turn.get("error"):
+                print(f"ERROR {turn['error']}")
+            print(f"USER\n{find_request(prompts[key_of(turn)], wording)}")
+            print(f"REFERENCE\n{turn['reference']}\nOUTPUT\n{turn['output']}")
+
+
+# ---- Main
+
+
+def training_command(args: argparse.Namespace) -> str:
+    """The command that trains the adapter for these arguments."""
+    command = ["python", "function_calling_train.py"]
+    if args.model != DEFAULT_MODEL:
+        command += ["--model", args.model]
+    if args.test_file != DEFAULT_TEST_FILE:
+        train_file = args.test_file.with_name("function_calling_train.jsonl")
+        command += ["--train-file", str(train_file)]
+    return shlex.join(command)
+
+
+def next_command(args: argparse.Namespace, argv: list[str], results_dir: Path) -> str:
+    """The command to run after this one: train, evaluate the other model, or read failures."""
+    modes = ("--resume", "--overwrite", "--rescore")
+    flags = [flag for flag in argv if flag not in modes]
+    if args.baseline and not default_adapter(args.model).is_dir():
+        return training_command(args)
+    if args.baseline and not args.server:
+        flags.remove("--baseline")
+        return shlex.join(["python", "evaluation.py", *flags])
+    return shlex.join(["python", "evaluation.py", *flags, "--show-failures", "10"])
+
+
+def should_generate(args: argparse.Namespace, results_dir: Path) -> bool:
+    """Decide whether to ask the model, or to report the results that exist."""
+    if args.rescore:
+        check_same_run(describe_run(args), results_dir)
+        return False
+    if args.resume or args.overwrite or not (results_dir / "predictions.jsonl").exists():
+        return True
+    if args.show_failures:
+        check_same_run(describe_run(args), results_dir)
+        return False
+    sys.exit(
+        f"error: {results_dir} already contains predictions. Use --resume to continue them, "
+        "--rescore to report them again, --overwrite to replace them, or --name for results of "
+        "another name."
+    )
+
+
+def run(args: argparse.Namespace, argv: list[str]) -> None:
+    results_dir = args.output_dir / name_of(args.model) / results_name(args)
+    queries = read_queries(args.test_file, args.limit)
+    compare_dir = find_comparison(args, results_dir)  # fail now, not after hours of generation
+    if should_generate(args, results_dir):
         evaluate(args, results_dir, queries)
-    report_results(args, results_dir, queries)
+    turns = report_results(args, results_dir, queries, compare_dir)
+    failed = [turn for turn in turns if turn["failure"] == "failed"]
+    if failed:
+        num_left = len(queries) - len(turns)
+        left = f", and {num_left} queries were not asked" if num_left else ""
+        sys.exit(
+            f"error: {len(failed)} queries failed and count as wrong{left}. Use --resume to ask "
+            f"them again. The first is conversation {failed[0]['conversation_id']}, turn "
+            f"{failed[0]['turn']}: {failed[0].get('error')}"
+        )
+    if not args.show_failures:
+        print(f"Next        {next_command(args, argv, results_dir)}")
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    logging.disable(logging.WARNING)  # library warnings are hidden; errors end in one line below
+    warnings.simplefilter("ignore")
+    try:
+        run(args, sys.argv[1:] if argv is None else argv)
+    except KeyboardInterrupt:
+        sys.exit("interrupted: run the same command with --resume to continue")
+    except OSError as error:
+        place = f"{error.filename}: " if error.filename else ""
+        sys.exit(f"error: {place}{describe_error(error)}")
+    except RuntimeError as error:
+        advice = ""
+        if is_out_of_memory(error):
+            advice = ". Pass --resume with a smaller --max-new-tokens, or free some memory."
+        sys.exit(f"error: {describe_error(error)}{advice}")
 
 
 if __name__ == "__main__":
-    logging.disable(logging.WARNING)  # what goes wrong in a library is told once, by its error
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit("interrupted: --resume goes on with the evaluation")
-    except (OSError, RuntimeError) as error:
-        sys.exit(f"error: {type(error).__name__} {' '.join(str(error).split())}")
+    main()

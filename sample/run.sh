@@ -50,4 +50,4 @@ step evaluation.py --model ../tiny-gemma-3 --batch-size 96 --max-new-tokens 160 
 echo
 printf '%s\n' "${times[@]}" "$(printf '%5d s  in all' $SECONDS)"
 echo "Pictures    sample/run/LoRA_tiny-gemma-3-function_calling/loss.png: the losses"
-echo "            sample/run/evaluation_results/tiny-gemma-3/comparison.png: base against tuned"
+echo "            sample/run/evaluation_results/tiny-gemma-3/fine-tuned/comparison.png: baseline and fine-tuned"

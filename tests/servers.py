@@ -49,11 +49,19 @@ class Server:
 
 class ChatServer(Server):
     """Its replies come from `answer(asked, number of times asked for this)`: the body of a chat
-    completion, the status of a failure, or None. What it was asked is kept in `requests`."""
+    completion, (status, body), the status of a failure, or None. What it was asked is kept in
+    `requests`, with the `paths`, `keys` and `headers` of all requests."""
 
     def __init__(self, answer, delay=0.0):
-        self.answer, self.delay, self.requests, self.keys = answer, delay, [], set()
-        self.lock, self.num_at_once, self.most_at_once = threading.Lock(), 0, 0
+        self.answer = answer
+        self.delay = delay
+        self.requests = []
+        self.paths = set()
+        self.keys = set()
+        self.headers = []
+        self.lock = threading.Lock()
+        self.num_at_once = 0
+        self.most_at_once = 0
         super().__init__()
 
     def reply(self, request, body):
@@ -61,7 +69,9 @@ class ChatServer(Server):
         with self.lock:
             times = sum(asked["messages"] == earlier["messages"] for earlier in self.requests)
             self.requests.append(asked)
+            self.paths.add(request.path)
             self.keys.add(request.headers.get("Authorization"))
+            self.headers.append(str(request.headers))
             self.num_at_once += 1
             self.most_at_once = max(self.most_at_once, self.num_at_once)
         time.sleep(self.delay)
@@ -70,6 +80,8 @@ class ChatServer(Server):
         answer = self.answer(asked, times)
         if isinstance(answer, int):
             return answer, {"error": {"message": f"status {answer}"}}, {}
+        if isinstance(answer, tuple):
+            return *answer, {}
         return None if answer is None else (200, answer, {})
 
 

@@ -2,8 +2,10 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
@@ -24,7 +26,7 @@ def common_flags(model, splits, output):
 
 @pytest.fixture
 def evaluate(tiny_model, splits, finished, tmp_path, monkeypatch):
-    """Run the evaluation in this process, where the adapter lies; results go to tmp_path."""
+    """Run the evaluation in this process, where the adapter is; results go to tmp_path."""
 
     def run(*flags, output=tmp_path):
         monkeypatch.chdir(finished.adapter.parent)
@@ -44,6 +46,11 @@ def read_metrics(folder):
     return json.loads((folder / "metrics.json").read_text())
 
 
+def read_files(folder):
+    """All files of a folder and their bytes."""
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
 SCORES = [
     ("function_calling", "abcde", "xxabcdexx", 1),
     ("function_calling", "abcdef", "defabc", 3 / 6),
@@ -51,7 +58,7 @@ SCORES = [
     ("function_calling", "ab" * 300, "ab" * 150, 1 / 2),  # frequent tokens count
     ("helpful_exchange", "abc", "cab", 1),  # order does not count
     ("helpful_exchange", "abc", "axcy", 2 / 4),
-    ("helpful_exchange", "abc", "aaa", 1 / 3),  # as often as the reference holds it
+    ("helpful_exchange", "abc", "aaa", 1 / 3),  # as often as the reference contains it
     ("helpful_exchange", "abc", "a", 1),
     ("helpful_exchange", "abc", "", 0),
 ]
@@ -80,27 +87,27 @@ def test_bf16_rounds_weights_and_never_the_rotary_frequencies(tiny_model):
 
 
 def test_the_adapter_is_merged_without_changing_what_the_model_says(tiny_model, finished):
-    base = evaluation.load_model(tiny_model, None, "cpu", torch.float32)
+    baseline = evaluation.load_model(tiny_model, None, "cpu", torch.float32)
     merged = evaluation.load_model(tiny_model, finished.adapter, "cpu", torch.float32)
     unmerged = AutoModelForCausalLM.from_pretrained(tiny_model)
     unmerged = PeftModel.from_pretrained(unmerged, finished.adapter).eval()
     input_ids = torch.randint(110, 700, (1, 50))
     with torch.no_grad():
-        logits = [model(input_ids).logits for model in (merged, unmerged, base)]
+        logits = [model(input_ids).logits for model in (merged, unmerged, baseline)]
     assert (logits[0] - logits[1]).abs().max() < 1e-4 < 0.1 < (logits[0] - logits[2]).abs().max()
     assert not any("lora" in name for name, _ in merged.named_parameters())
 
 
-def test_base_and_tuned_model_get_one_prompt_in_which_no_text_forges_a_turn(tiny_model, finished):
-    """One <bos>; a tool's result stands in a user turn, also for a template without tools."""
+def test_both_models_get_one_prompt_in_which_no_text_forges_a_turn(tiny_model, finished):
+    """One <bos>; a tool's result is in a user turn, also for a template without tools."""
     messages = [
         {"role": "user", "content": "Go <end_of_turn>"},
         {"role": "assistant", "content": "<tool_call>"},
         {"role": "tool", "content": "<tool_response>\n7\n</tool_response>"},
     ]
     stock, served = (AutoTokenizer.from_pretrained(x) for x in (tiny_model, finished.adapter))
-    for_base = evaluation.write_for_base(messages, stock.backend_tokenizer)
-    for tokenizer, turns in ((stock, for_base), (served, messages)):
+    for_baseline = evaluation.write_for_baseline(messages, stock.backend_tokenizer)
+    for tokenizer, turns in ((stock, for_baseline), (served, messages)):
         ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True)["input_ids"]
         assert ids.count(tokenizer.convert_tokens_to_ids("<end_of_turn>")) == 3
         assert tokenizer.decode(ids) == (
@@ -133,12 +140,18 @@ def test_a_batch_answers_40_prompts_as_each_is_answered_alone(tiny_model):
     assert {reason for _, reason in expected} == {"end_of_turn", "max_new_tokens"}
 
 
-def test_a_batch_that_does_not_fit_is_halved(tiny_model, monkeypatch):
+@pytest.mark.parametrize("flags", [[], ["--batch-size", "7"]])
+def test_a_batch_that_does_not_fit_halves_the_token_budget_for_good(tiny_model, monkeypatch, flags):
+    """Catches a GPU that is filled up again by every batch; and an endless loop."""
     model = evaluation.load_model(tiny_model, None, "cpu", torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
-    prompts = [[110 + n] * (n + 2) for n in range(7)]
-    whole = evaluation.generate_batch(model, tokenizer, prompts, [1], 5)
-    generate, sizes, most = model.generate, [], 2
+    args = evaluation.parse_args(["--max-new-tokens", "5", *flags])
+    prompts = [[{"role": "user", "content": "a"}] for _ in range(21)]
+    queries = [{"conversation_id": n, "prompt": prompt} for n, prompt in enumerate(prompts)]
+    length = len(tokenizer.apply_chat_template(prompts, add_generation_prompt=True)["input_ids"][0])
+    monkeypatch.setitem(evaluation.TOKENS_AT_ONCE, "cpu", 7 * (length + 5))
+    whole = list(evaluation.ask_model(queries, model, tokenizer, args))
+    generate, sizes, most = model.generate, [], 3
 
     def generate_on_a_small_gpu(**inputs):
         sizes.append(len(inputs["input_ids"]))
@@ -147,27 +160,49 @@ def test_a_batch_that_does_not_fit_is_halved(tiny_model, monkeypatch):
         return generate(**inputs)
 
     monkeypatch.setattr(model, "generate", generate_on_a_small_gpu)
-    assert evaluation.generate_batch(model, tokenizer, prompts, [1], 5) == whole
-    assert sizes == [7, 3, 1, 2, 4, 2, 2]
+    assert list(evaluation.ask_model(queries, model, tokenizer, args)) == whole
+    assert sizes == [7, *[3] * 7]
+    sizes.clear()
+    most = 1
+    assert list(evaluation.ask_model(queries, model, tokenizer, args)) == whole
+    assert sizes == [7, 3, *[1] * 21]
     most = 0
     with pytest.raises(RuntimeError, match="out of memory"):
-        evaluation.generate_batch(model, tokenizer, prompts, [1], 5)
+        list(evaluation.ask_model(queries, model, tokenizer, args))
+
+
+def test_why_torch_cannot_use_a_gpu_is_said(monkeypatch, capsys):
+    def is_available():
+        warnings.warn("The NVIDIA driver on your system\nis too old", stacklevel=1)
+        return False
+
+    monkeypatch.setattr(torch.cuda, "is_available", is_available)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    warnings.simplefilter("ignore")
+    assert evaluation.choose_device("float32") == ("cpu", torch.float32)
+    assert capsys.readouterr().err == "warning: The NVIDIA driver on your system is too old\n"
 
 
 # ---- A whole evaluation
 
 
-def test_base_and_tuned_are_scored_and_compared(evaluate, splits, tiny_model):
+def test_baseline_and_fine_tuned_are_scored_and_compared(evaluate, splits, tiny_model, capsys):
     evaluate("--baseline")
+    printed = capsys.readouterr().out
+    assert printed.startswith(f"Model       {tiny_model}, float32 on cpu\n")
+    assert re.search(r"\nNext        python evaluation.py --model .*\n$", printed)
     results = evaluate()
-    assert {path.name for path in results.iterdir()} == {"base", "tuned", "comparison.png"}
+    printed = capsys.readouterr().out
+    assert f"with LoRA_{tiny_model.name}-function_calling, float32 on cpu\n" in printed
+    assert "on the 14 queries in both runs" in printed and "difference" in printed
+    assert {path.name for path in results.iterdir()} == {"baseline", "fine-tuned"}
     queries = evaluation.read_queries(splits / "function_calling_test.jsonl")
     stock = AutoTokenizer.from_pretrained(tiny_model)
-    for label in ("base", "tuned"):
+    for label, picture in (("baseline", "scores.png"), ("fine-tuned", "comparison.png")):
         names = {path.name for path in (results / label).iterdir()}
-        assert names == {"predictions.jsonl", "run.json", "metrics.json"}
+        assert names == {"predictions.jsonl", "run.json", "metrics.json", picture}
         predictions, metrics = read_lines(results / label), read_metrics(results / label)
-        assert set(predictions) == set(map(evaluation.key_of, queries))
+        assert set(predictions) == {(q["conversation_id"], q["turn"]) for q in queries}
         for kind, n in (("function_calling", 6), ("helpful_exchange", 8)):
             scores = [p["score"] for p in predictions.values() if p["kind"] == kind]
             assert metrics["scores"][kind]["n"] == len(scores) == n
@@ -178,18 +213,69 @@ def test_base_and_tuned_are_scored_and_compared(evaluate, splits, tiny_model):
             assert p["score"] == evaluation.score_output(p["kind"], reference, output)
         assert metrics["run"] == json.loads((results / label / "run.json").read_text())
     assert metrics["difference"]["function_calling"]["n"] == 6
+    baseline = read_files(results / "baseline")
     evaluate("--rescore")
-    assert read_metrics(results / "tuned") == metrics
-    evaluate("--limit", "3", "--overwrite")  # compared on those that both answered
-    metrics = read_metrics(results / "tuned")
-    n = metrics["scores"]["function_calling"]["n"]
-    assert metrics["queries"] < 14 and metrics["difference"]["function_calling"]["n"] == n
-    path = results / "base" / "predictions.jsonl"  # as of a split with the same ids
+    assert read_metrics(results / "fine-tuned") == metrics
+    assert read_files(results / "baseline") == baseline  # a report touches its own run only
+
+
+def test_a_comparison_covers_what_both_runs_answered_and_says_so(evaluate, capsys):
+    results = evaluate("--baseline", "--limit", "3")
+    evaluate()
+    printed = capsys.readouterr().out
+    metrics, limited = read_metrics(results / "fine-tuned"), read_metrics(results / "baseline")
+    num_shared = limited["queries"]
+    assert num_shared < metrics["queries"] == 14
+    assert "fine-tuned/, 14 of 14 queries answered\n" in printed
+    assert f"on the {num_shared} queries in both runs\n" in printed
+    assert metrics["comparison"]["queries"] == num_shared
+    n = limited["scores"]["function_calling"]["n"]
+    assert metrics["difference"]["function_calling"]["n"] == n
+    path = results / "baseline" / "predictions.jsonl"  # as of a split with the same ids
     path.write_text(path.read_text(encoding="utf-8").replace('"reference": "', '"reference": "x'))
     evaluate("--rescore")
-    assert "difference" not in read_metrics(results / "tuned")
-    with pytest.raises(SystemExit, match="base answers no query of"):
+    assert "answers none of these queries" in capsys.readouterr().out
+    assert "difference" not in read_metrics(results / "fine-tuned")
+    assert not (results / "fine-tuned" / "comparison.png").exists()  # it was about the old ones
+    with pytest.raises(SystemExit, match="baseline answers no query of"):
         evaluate("--baseline", "--rescore")
+
+
+def test_an_evaluation_is_not_replaced_before_its_successor_has_an_answer(
+    evaluate, tiny_model, finished, tmp_path, monkeypatch, capsys
+):
+    """Catches predictions of hours that are lost to a typo, a damaged model or full memory."""
+    results = evaluate("--limit", "2")
+    before = read_files(results / "fine-tuned")
+    damaged = tmp_path / "damaged" / tiny_model.name
+    damaged.mkdir(parents=True)
+    for path in tiny_model.iterdir():
+        (damaged / path.name).write_bytes(path.read_bytes())
+    (damaged / "model.safetensors").write_bytes(b"damaged")
+    adapter = str(finished.adapter)
+    for flags in (
+        ["--model", str(damaged)],
+        ["--model", str(tmp_path / tiny_model.name)],
+        ["--adapter", adapter + "x"],
+        ["--compare-with", "nowhere"],
+        ["--name", "new", "--model", str(damaged)],
+    ):
+        with pytest.raises(SystemExit, match="error: "):
+            evaluate("--limit", "2", "--overwrite", *flags)
+    for error in (RuntimeError("CUDA out of memory"), KeyboardInterrupt()):
+        with monkeypatch.context() as patch:
+            patch.setattr(evaluation, "generate_batch", lambda *args, e=error: _raise(e))
+            with pytest.raises(SystemExit, match="out of memory|interrupted"):
+                evaluate("--limit", "2", "--overwrite")
+    assert read_files(results / "fine-tuned") == before
+    assert [path.name for path in results.iterdir()] == ["fine-tuned"]
+    evaluate("--limit", "1", "--overwrite")
+    assert len(read_lines(results / "fine-tuned")) < len(before["predictions.jsonl"].splitlines())
+    assert not [name for name in read_files(results / "fine-tuned") if "new" in name]
+
+
+def _raise(error):
+    raise error
 
 
 KILLED = """
@@ -210,12 +296,12 @@ evaluation.main()
 
 
 @pytest.mark.slow
-def test_a_killed_evaluation_goes_on_and_equals_an_undisturbed_one(
+def test_a_killed_evaluation_is_resumed_and_equals_an_undisturbed_one(
     evaluate, splits, tiny_model, finished, tmp_path
 ):
-    """Catches a lost, torn or repeated answer after SIGKILL; and going on with other arguments."""
-    whole = evaluate("--batch-size", "2", output=tmp_path / "whole") / "tuned"
-    cut = tmp_path / "cut" / tiny_model.name / "tuned"
+    """Catches a lost, cut or repeated answer after SIGKILL; and resuming with other arguments."""
+    whole = evaluate("--batch-size", "2", output=tmp_path / "whole") / "fine-tuned"
+    cut = tmp_path / "cut" / tiny_model.name / "fine-tuned"
     flags = [*common_flags(tiny_model, splits, tmp_path / "cut"), "--batch-size", "2"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     killed = [sys.executable, "-c", KILLED, *flags]
@@ -224,10 +310,12 @@ def test_a_killed_evaluation_goes_on_and_equals_an_undisturbed_one(
     assert process.returncode == -9 and path.read_bytes().count(b"\n") == 4
     assert not (cut / "metrics.json").exists()
     with open(path, "a") as file:
-        file.write('{"conversation_id": "torn')
-    with pytest.raises(SystemExit, match="holds an evaluation: --resume goes on"):
+        file.write('{"conversation_id": "cut')
+    evaluate("--show-failures", "1", output=tmp_path / "cut")  # of what there is
+    assert read_metrics(cut)["queries"] == 4
+    with pytest.raises(SystemExit, match="already contains predictions. Use --resume"):
         evaluate(output=tmp_path / "cut")
-    with pytest.raises(SystemExit, match="evaluation of another max_new_tokens"):
+    with pytest.raises(SystemExit, match="--max-new-tokens was 40, not 9"):
         evaluate("--resume", "--max-new-tokens", "9", output=tmp_path / "cut")
     evaluate("--resume", "--batch-size", "2", output=tmp_path / "cut")
     lines = path.read_text().splitlines()
@@ -242,31 +330,57 @@ def test_a_killed_evaluation_goes_on_and_equals_an_undisturbed_one(
 
 def test_mistakes_end_in_one_line(tiny_model, splits, finished, tmp_path):
     test_file = ["--test-file", splits / "function_calling_test.jsonl"]
-    (tmp_path / "p.jsonl").write_text('{"conversation_id": "9", "turn": 1, "output": ""}\n')
     good = {"id": "0", "tools": "[]", "messages": [{"role": "user", "content": "Hi"}]}
     (tmp_path / "bad.jsonl").write_text(f'{json.dumps(good)}\n{{"id": 1}}\n')
+    (tmp_path / "rows.json").write_text(json.dumps([good], indent=1))
+    (tmp_path / "rows.jsonl").write_text('{"conversations": [], "tools": []}\n')
     (tmp_path / "no model").mkdir()
+    not_a_split = "is not a line of a split"
     for model, flags, words in [
-        (tiny_model, [], ["function_calling_train.py", "--baseline"]),
-        (tiny_model, ["--test-file", "x"], ["x", "prepare_function_calling_dataset.py first"]),
-        (tiny_model, ["--test-file", "bad.jsonl"], ["bad.jsonl, line 2"]),
-        ("google/other", ["--adapter", finished.adapter], ["trained on", str(tiny_model)]),
+        (tiny_model, [], ["not found", f"function_calling_train.py --model {tiny_model}"]),
+        (tiny_model, ["--test-file", "x"], ["x not found", "prepare_function_calling_dataset.py"]),
+        (tiny_model, ["--test-file", "bad.jsonl"], ["bad.jsonl, line 2", not_a_split, "'tools'"]),
+        (tiny_model, ["--test-file", "rows.jsonl"], ["rows.jsonl, line 1", not_a_split]),
+        (tiny_model, ["--test-file", "rows.json"], ["rows.json, line 1 is not valid JSON"]),
+        ("google/other", ["--adapter", finished.adapter], ["trained on", f"--model {tiny_model}"]),
         (tmp_path / "no model", ["--baseline"], ["no model", "tokenizer.json"]),
-        ("google/not-in-the-cache", ["--baseline"], ["google/not-in-the-cache"]),
+        ("google/not-in-the-cache", ["--baseline"], ["google/not-in-the-cache", "HF_HUB_OFFLINE"]),
         (tiny_model, ["--adapter", tmp_path / "no model"], ["training_run.json"]),
-        (tiny_model, ["--predictions", "q.jsonl"], ["q.jsonl"]),
-        (tiny_model, ["--rescore"], ["tuned/predictions.jsonl"]),
+        (finished.adapter, ["--baseline"], ["is an adapter"]),
+        (tiny_model, ["--predictions", "q.jsonl"], ["q.jsonl: No such file"]),
+        (tiny_model, ["--rescore"], ["fine-tuned contains no evaluation"]),
+        (tiny_model, ["--compare-with", "nowhere"], ["nowhere contains no evaluation"]),
     ]:
         process = run_here(SCRIPT, "--model", model, *test_file, *flags, cwd=tmp_path)
         assert_fails_in_one_line(process, *words)
-    for flags in (
-        ["--server", "http://127.0.0.1:9"],
-        ["--resume", "--overwrite"],
-        ["--limit", "0"],
-    ):
-        assert run_here(SCRIPT, *flags, cwd=tmp_path).returncode == 2
+        assert "Error" not in process.stderr and "Errno" not in process.stderr
     assert not (tmp_path / "evaluation_results").exists()
-    process = run_here(
-        SCRIPT, "--model", tiny_model, *test_file, "--predictions", "p.jsonl", cwd=tmp_path
-    )
-    assert_fails_in_one_line(process, "answers no query of")
+
+
+SERVER = ["--server", "http://127.0.0.1:9/v1", "--server-model", "m"]
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--server", "http://127.0.0.1:9"], "--server-model"),
+        (["--server", "127.0.0.1:8000/v1", "--server-model", "m"], "must start with http://"),
+        ([*SERVER, "--adapter", "x"], "--adapter has no effect with --server"),
+        ([*SERVER, "--predictions", "x"], "--predictions has no effect with --server"),
+        ([*SERVER, "--batch-size", "4"], "--batch-size has no effect with --server"),
+        ([*SERVER, "--dtype", "float32"], "--dtype has no effect with --server"),
+        (["--concurrency", "4"], "--concurrency has no effect without --server"),
+        (["--predictions", "x", "--batch-size", "4"], "--batch-size has no effect"),
+        (["--rescore", "--batch-size", "4"], "--batch-size has no effect with --rescore"),
+        (["--baseline", "--adapter", "x"], "--adapter and --baseline exclude each other"),
+        (["--model", ".", "--revision", "x"], "--revision has no effect"),
+        (["--resume", "--overwrite"], "not allowed with"),
+        (["--limit", "0"], "--limit must be at least 1"),
+        (["--name", "a/b"], "--name"),
+        (["--name", "baseline"], "reserved"),
+    ],
+)
+def test_flags_that_are_wrong_or_have_no_effect_are_refused(flags, words, capsys):
+    with pytest.raises(SystemExit) as end:
+        evaluation.parse_args(flags)
+    assert end.value.code == 2 and words in capsys.readouterr().err

@@ -108,3 +108,60 @@ def test_gated_absent_and_offline_are_one_line_each_that_says_what_to_do(
         upload = run(*command, what, tiny_model, "--push-to-hub", "me/adapter")
         assert_fails_in_one_line(upload, "onnect")
     assert not list(run.work.iterdir())
+
+
+# ---- Step 3: the models and adapters that it downloads
+
+EVALUATE = "evaluation.py"
+ADAPTER_REPO = ("models", "me/adapter")
+
+
+@pytest.fixture
+def evaluate(hub, run, splits, monkeypatch):
+    """Run step 3 in this process against the hub, on the test split of the fixture."""
+
+    def evaluate(*flags, offline=False, cache="cache"):
+        files = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", files)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(run.work.parent / cache))
+        command = ["--test-file", splits / "function_calling_test.jsonl", "--limit", "1"]
+        return run_here(EVALUATE, *command, *flags, cwd=run.work)
+
+    return evaluate
+
+
+@pytest.mark.parametrize("repo, flags", [(MODEL, ["--baseline"]), (ADAPTER_REPO, ["--adapter"])])
+def test_step_3_says_what_to_do_about_gated_absent_and_unreachable_repositories(
+    hub, run, evaluate, tiny_model, repo, flags
+):
+    """The first error that nearly every user meets; for the model and for the adapter alike."""
+    if repo == ADAPTER_REPO:
+        hub.repos[repo] = tiny_model
+        flags = ["--model", tiny_model, "--adapter"]
+    name = [repo[1]] if repo == ADAPTER_REPO else []
+    hub.gated.add(repo)
+    page = f"open https://huggingface.co/{repo[1]}, accept the license, run `hf auth login`"
+    gated = f"{repo[1]} is gated: {page}, and run this again"
+    assert_fails_in_one_line(evaluate(*flags, *name), gated)
+    hub.gated.clear()
+    absent = ["nobody/nothing"] if name else ["--model", "nobody/nothing"]
+    words = ["nobody/nothing is neither a local folder nor", "Check the spelling", "hf auth login"]
+    assert_fails_in_one_line(evaluate(*flags, *absent), *words)
+    words = [f"{repo[1]} is not a local folder", "HF_HUB_OFFLINE is set", "HF_HUB_OFFLINE=0"]
+    assert_fails_in_one_line(evaluate(*flags, *name, offline=True), *words)
+    if not name:
+        process = evaluate(*flags, "--revision", "v9")
+        assert_fails_in_one_line(process, f"{repo[1]} has no revision v9")
+    hub.url = "http://127.0.0.1:9"  # where no server listens
+    words = [f"{repo[1]} is not a local folder", "cannot be reached", "Check the network"]
+    assert_fails_in_one_line(evaluate(*flags, *name, cache="empty"), *words)
+    assert not list(run.work.iterdir())
+
+
+def test_a_typo_in_the_path_of_an_adapter_is_one_line(evaluate, run, tiny_model):
+    for typo in ("LoRA_typo", "runs/a/LoRA_typo", "./LoRA_typo"):
+        process = evaluate("--model", tiny_model, "--adapter", typo)
+        assert_fails_in_one_line(process, f"{typo} is neither a local folder nor")
+    assert not list(run.work.iterdir())

@@ -1,19 +1,21 @@
 """Step 3: which calls can be read, which are right, which fit their tools; counts and intervals."""
 
+import hashlib
 import json
+import re
+import shutil
 import subprocess
 import sys
 import time
 
 import numpy
 import pytest
-from conftest import ROOT, make_row, make_tool, write_rows
+from conftest import ROOT, SAMPLE_MODEL, make_row, make_tool, write_rows
 from hypothesis import given
 from hypothesis import strategies as st
 from servers import Hub
 
 import evaluation
-import prepare_function_calling_dataset as prepare
 
 
 def call(name="f", /, **arguments):
@@ -134,6 +136,7 @@ def test_a_call_against_its_reference(output, name, arguments, whole, failure):
     assert verdict["failure"] == failure
 
 
+FINISHED = ["stop", "eos", "eos_token", "end", "end_turn", "function_call", "content_filter", None]
 END, CUT = "end_of_turn", "max_new_tokens"
 FAILURES = [
     (call(a=2**53 + 1), call(a=2**53), END, "wrong_arguments"),  # ids are no floats
@@ -148,6 +151,10 @@ FAILURES = [
     ("It is sunny.", "It is sunny, and", CUT, "truncated"),
     ("It is sunny.", "<tool_call>oops", CUT, "truncated"),
     ("It is sunny.", "", "failed", "failed"),
+    ("It is sunny.", "It is", "length", "truncated"),
+    ("It is sunny.", "It is", "MAX_TOKENS", "truncated"),
+    *[("It is sunny.", "It is.", reason, None) for reason in FINISHED],
+    (call("f"), call("g"), "eos", "wrong_function"),
     ("It is sunny.", call("f"), END, "unneeded_call"),
 ]
 
@@ -197,6 +204,13 @@ DIALECTS = [  # declared, right, wrong
     ({"type": "string", "enum": None, "format": "date"}, "x", None),
     ({"type": "string", "pattern": "(", "maxLength": 2}, "x", "xyz"),
     ({"type": "object", "properties": {"type": {"type": "int"}}}, {"type": 1}, {"type": "x"}),
+    ({"type": "str, optional"}, "x", 1),
+    ({"type": "List[int]"}, [1], {"x": 1}),
+    ({"type": "Dict[str, Any]"}, {"x": 1}, [1]),
+    ({"type": "Union[str, int]", "enum": [1, "x"]}, "x", 2),
+    ({"type": "number", "multipleOf": 0.01}, 19.99, 19.995),
+    ({"type": "number", "multipleOf": 0.1}, 0.1 + 0.2, 0.35),
+    ({"type": "integer", "multipleOf": 2}, 2**53 + 2, 2**53 + 1),
 ]
 
 
@@ -206,6 +220,42 @@ def test_dialects_are_read_as_the_json_schema_they_mean(declared, right, wrong):
     schema = {"type": "dict", "properties": {"a": declared}, "required": None}
     assert problems_of(schema, a=right) == []
     assert problems_of(schema, a=wrong) == ["wrong type"]
+
+
+CITY = {"city": {"type": "str"}, "nights": {"type": "integer"}}
+AS_SCHEMA = {"type": "object", "properties": CITY, "required": ["city"]}
+FLAT = {"city": {"type": "str", "required": True}, "nights": {"type": "int, optional"}}
+DECLARATIONS = [
+    *[{"name": "f", key: AS_SCHEMA} for key in ("parameters", "input_schema", "inputSchema")],
+    {"name": "f", "parameters": None, "input_schema": AS_SCHEMA},
+    {"name": "f", "parametersJsonSchema": AS_SCHEMA},
+    {"type": "function", "function": {"name": "f", "inputSchema": AS_SCHEMA}},
+    {"function_declarations": [{"name": "g"}, {"name": "f", "parameters": AS_SCHEMA}]},
+    {"functionDeclarations": [{"name": "f", "parameters": AS_SCHEMA}]},
+    {"name": "f", "parameters": FLAT},
+    {"name": "f", "parameters": {**CITY, "required": ["city"]}},
+    {"name": "f", "parameters": {**CITY, "type": "object", "required": ["city"]}},
+]
+
+
+@pytest.mark.parametrize("declaration", DECLARATIONS)
+def test_a_schema_is_found_where_anthropic_mcp_gemini_and_xlam_have_it(declaration):
+    for arguments, problems in [
+        ({"city": "Oslo", "nights": 2}, []),
+        ({"city": 1}, ["wrong type"]),
+        ({"nights": 2}, ["required argument missing"]),
+        ({"city": "Oslo", "town": "Oslo"}, ["argument not declared"]),
+    ]:
+        verdict = judge("No.", call("f", **arguments), tools=[declaration])
+        assert verdict["problems"] == [problems]
+
+
+def test_flat_parameters_may_have_the_names_of_keywords():
+    """Catches an argument called type, title or items that is taken for a keyword."""
+    flat = {name: {"type": "str"} for name in ("type", "title", "items", "format", "required")}
+    tools = [{"name": "f", "parameters": flat}]
+    assert judge("No.", call("f", type="a", items="b"), tools=tools)["problems"] == [[]]
+    assert judge("No.", call("f", type=1), tools=tools)["problems"] == [["wrong type"]]
 
 
 def judge_file(tmp_path, predictions, tools_of, seen_tools):
@@ -227,6 +277,22 @@ def test_a_schema_that_cannot_be_read_leaves_the_call_out_and_is_counted(schema,
     report = judge_file(tmp_path, predictions, {"1": tools}, None)
     assert report["left_out"] == {"unchecked calls": 1, "faulty references": 0}
     assert report["scores"]["valid_call"] == {"value": 0, "n": 1, "interval": [0, 0]}
+
+
+@pytest.mark.parametrize("text", [None, '"[]"', "3", "[3]", "[{", '[{"function": "f"}]'])
+def test_calls_of_a_row_whose_tools_cannot_be_read_are_left_out_and_counted(text, tmp_path):
+    """Catches right calls that count as calls of an unknown function."""
+    right, unknown = call("book", city="Oslo"), call("fly")
+    predictions = [predict(right, right), predict(right, unknown, conversation_id="2")]
+    path = write_rows(tmp_path / "predictions.jsonl", predictions)
+    tools_of = {"1": text, "2": json.dumps([BOOK])}
+    queries = [{**p, "tools": tools_of[p["conversation_id"]]} for p in predictions]
+    judged = evaluation.judge_predictions(path, queries, set())
+    report = evaluation.summarize(list(judged.values()))
+    assert report["left_out"] == {"unchecked calls": 1, "faulty references": 0}
+    assert report["problems"] == {"unknown function": 1}
+    assert report["scores"]["valid_call"]["n"] == 1
+    assert report["scores"]["turn_right"]["value"] == 1 / 2
 
 
 A, B = {"properties": {"a": {}}}, {"properties": {"b": {}}}
@@ -311,8 +377,14 @@ def test_the_report_counts_what_was_worked_out_by_hand(tmp_path):
         "turn_right_seen_tools": (1 / 2, 2),
         "turn_right_unseen_tools": (0, 2),
     }
-    table = evaluation.format_scores({"tuned": report["scores"]}, "gemma-3-1b-it").splitlines()
-    assert table[1].split() == "function calling 5 0.500 [0.500, 0.500] 0.28, 0.91, 0.973".split()
+    published = evaluation.PUBLISHED["gemma-3-1b-it"]
+    table = evaluation.format_scores({"fine-tuned": report["scores"]}, published).splitlines()
+    rows = [line.split() for line in table]
+    assert rows[0] == ["n", "fine-tuned", "published"]
+    assert ["exact", "calls", "4", "0.250", "[0.000,", "0.750]"] in rows
+    published = "0.28 / 0.91 / 0.973"
+    expected = f"function calling 5 0.500 [0.500, 0.500] {published}"
+    assert expected.split() in rows
 
 
 def make_turns(metric, outcomes, turns_each=1):
@@ -336,12 +408,12 @@ def test_intervals_resample_conversations_not_turns():
 def test_the_difference_is_paired():
     """It is narrower than what the two intervals suggest, for the two models agree on most."""
     coins = numpy.random.default_rng(6).random(300) < 0.5
-    base = make_turns("recall", coins)
+    baseline = make_turns("recall", coins)
     tuned = make_turns("recall", [*[True] * 30, *coins[30:]])  # better on some of 30
-    entry = evaluation.estimate(tuned, base)["recall"]
+    entry = evaluation.estimate(tuned, baseline)["recall"]
     assert entry["value"] == pytest.approx((~coins[:30]).sum() / 300)
     low, high = entry["interval"]
-    alone = evaluation.estimate(base)["recall"]["interval"]
+    alone = evaluation.estimate(baseline)["recall"]["interval"]
     assert 0 < low < entry["value"] < high and high - low < 0.6 * (alone[1] - alone[0])
 
 
@@ -360,9 +432,47 @@ def run_without_torch(*arguments, cwd):
     return process.stdout
 
 
+def make_record(number):
+    """A line of a split, as step 1 makes it of make_row."""
+    row = make_row(number)
+    roles = {"human": "user", "gpt": "assistant", "tool": "tool"}
+    system, *turns = [turn["value"] for turn in row["conversations"]]
+    turns[0] = f"{system}\n\nThink first.\n\n{turns[0]}"
+    names = [roles[turn["from"]] for turn in row["conversations"][1:]]
+    pairs = zip(names, turns, strict=True)
+    messages = [{"role": role, "content": text} for role, text in pairs]
+    return {"id": row["id"], "messages": messages, "tools": row["tools"]}
+
+
+def score_rows(tmp_path, rows, *flags, splits=("test",), name="p.jsonl", model=SAMPLE_MODEL):
+    """Evaluate predictions of two conversations; returns the results folder of the model."""
+    (tmp_path / "processed_data").mkdir(exist_ok=True)
+    records = [make_record(number) for number in range(2)]
+    for split in splits:
+        write_rows(tmp_path / f"processed_data/function_calling_{split}.jsonl", records)
+    write_rows(tmp_path / name, rows)
+    test_file = tmp_path / "processed_data/function_calling_test.jsonl"
+    command = ["--model", str(model), "--predictions", str(tmp_path / name)]
+    command += ["--test-file", str(test_file), "--output-dir", str(tmp_path / "results")]
+    evaluation.main([*command, *flags])
+    return tmp_path / "results" / model.name
+
+
+ANSWERS = [
+    {"conversation_id": "id-0", "turn": 1, "output": call("get_weather_0", city="Paris")},
+    {"conversation_id": "id-0", "turn": 3, "output": "It is 0 degrees in Paris."},
+    {"conversation_id": "id-1", "turn": 1, "output": call("get_weather_1", city="Rome")},
+    {"conversation_id": "id-1", "turn": 3, "output": "It is cold."},
+]
+
+
+def read_metrics(folder):
+    return json.loads((folder / "metrics.json").read_text())
+
+
 def test_predictions_of_a_server_are_scored_without_torch(tmp_path, tiny_model):
     """Of two calls one is right, of a tool that the train split knows; so is one other turn."""
-    records = [prepare.convert_row(make_row(number)) for number in range(2)]
+    records = [make_record(number) for number in range(2)]
     (tmp_path / "processed_data").mkdir()
     write_rows(tmp_path / "processed_data/function_calling_train.jsonl", records[:1])
     write_rows(tmp_path / "processed_data/function_calling_test.jsonl", records)
@@ -375,13 +485,250 @@ def test_predictions_of_a_server_are_scored_without_torch(tmp_path, tiny_model):
         {"conversation_id": "id-0", "turn": 3, "output": "It is 0 degrees in Paris."},
     ]
     write_rows(tmp_path / "server.jsonl", rows)
-    arguments = "--model", str(tiny_model), "--predictions", "server.jsonl", "--show-failures", "3"
+    arguments = "--model", str(tiny_model), "--predictions", "server.jsonl"
     printed = run_without_torch(*arguments, cwd=tmp_path)
-    results = tmp_path / "evaluation_results" / tiny_model.name / "server"
-    metrics = json.loads((results / "metrics.json").read_text())
+    results = tmp_path / "evaluation_results" / tiny_model.name / "predictions-server"
+    metrics = read_metrics(results)
     scores = {metric: (e["value"], e["n"]) for metric, e in metrics["scores"].items()}
     assert 1 / 2 < scores["function_calling"][0] < 1 and scores["helpful_exchange"] == (1 / 2, 2)
     assert (scores["turn_right"], scores["turn_right_seen_tools"]) == ((1 / 2, 2), (1, 1))
     assert metrics["failures"] == {"truncated": 1}
-    assert "truncated: conversation id-1, turn 1" in printed and "OUTPUT\n<tool_call>" in printed
     assert run_without_torch(*arguments, "--rescore", cwd=tmp_path) == printed
+    printed = run_without_torch(*arguments, "--show-failures", "3", cwd=tmp_path)
+    assert "truncated: conversation id-1, turn 1" in printed and "OUTPUT\n<tool_call>" in printed
+
+
+def test_failures_are_grouped_by_class_each_with_the_last_message_of_the_user(tmp_path, capsys):
+    wording = {"before_tools": "", "after_tools": "</tools>", "before_request": "Think first.\n\n"}
+    (tmp_path / "processed_data").mkdir()
+    (tmp_path / "processed_data/dataset_info.json").write_text(json.dumps({"prompt": wording}))
+    malformed = [{**answer, "output": "<tool_call>"} for answer in (ANSWERS[1], ANSWERS[3])]
+    score_rows(tmp_path, [ANSWERS[2], *malformed], "--show-failures", "9")
+    printed = capsys.readouterr().out
+    headers = [line for line in printed.splitlines() if line.startswith("====")]
+    assert headers == ["==== malformed: 2 of 2 ====", "==== wrong arguments: 1 of 1 ===="]
+    conversation = "conversation id-1, turn 1\nUSER\nWhat is the weather in Oslo?\nREFERENCE\n"
+    assert f"wrong arguments: {conversation}<tool_call>" in printed
+    assert printed.count("USER\nWhat is the weather in Paris?\n") == 1
+    assert "<tools>" not in printed and "Think first" not in printed
+
+
+def test_queries_that_are_also_in_the_train_split_are_marked_and_scored_apart(tmp_path, capsys):
+    """Conversation 0 is in both splits, and is answered rightly; conversation 1 is not."""
+    score_rows(tmp_path, ANSWERS)
+    assert "train split" not in capsys.readouterr().out
+    train = tmp_path / "processed_data/function_calling_train.jsonl"
+    record = make_record(0)
+    other = {**record, "id": "other", "messages": record["messages"][:2]}
+    write_rows(train, [{**other, "id": "x"}, {**record, "id": "y"}])
+    results = score_rows(tmp_path, ANSWERS, "--overwrite")
+    printed = capsys.readouterr().out
+    metrics = read_metrics(results / "predictions-p")
+    assert metrics["repeated_queries"] == [["id-0", "1"], ["id-0", "3"]]
+    assert metrics["scores"]["turn_right"] == {"value": 1 / 2, "n": 2, "interval": [0, 1]}
+    assert metrics["scores_without_repeated"]["turn_right"]["value"] == 0
+    assert metrics["scores_without_repeated"]["helpful_exchange"]["n"] == 1
+    assert "2 of these queries are also in the train split" in printed
+    small = printed.partition("Without them:")[2].partition("Failures")[0]
+    rows = [line.split() for line in small.splitlines() if line.strip()]
+    assert rows[1] == ["exact", "calls", "1", "0.000", "[0.000,", "0.000]"] and len(rows) == 4
+    (record["messages"][0]["content"]) += " "  # another prompt: not the same query
+    write_rows(train, [record])
+    score_rows(tmp_path, ANSWERS, "--rescore")
+    assert read_metrics(results / "predictions-p")["repeated_queries"] == []
+
+
+def test_turns_that_carry_no_loss_are_no_queries(tmp_path):
+    """They stay in the prompts of later turns."""
+    record = make_record(0)
+    record["messages"][1]["train"] = False
+    path = write_rows(tmp_path / "split.jsonl", [record])
+    (query,) = evaluation.read_queries(path)
+    assert query["turn"] == 3 and len(query["prompt"]) == 3
+    assert "tool_call" in query["prompt"][1]["content"]
+    assert {*query["prompt"][1]} == {"role", "content"}
+
+
+# ---- Which predictions belong to which query
+
+
+def test_ids_and_turns_match_as_text(tmp_path):
+    records = [{**make_record(n), "id": str(n)} for n in range(2)]
+    path = write_rows(tmp_path / "split.jsonl", records)
+    rows = [{"conversation_id": 0, "turn": "1", "output": ""}]
+    write_rows(tmp_path / "p.jsonl", rows)
+    matched = evaluation.match_answers(tmp_path / "p.jsonl", evaluation.read_queries(path))
+    assert matched == {("0", "1"): ("", "end_of_turn")}
+
+
+@pytest.mark.parametrize(
+    "row, words",
+    [
+        (
+            {"conversation_id": 7, "turn": 1, "output": ""},
+            'conversation_id "7" with turn 1.*"id-0"',
+        ),
+        (
+            {"id": "id-0", "turn": 1, "output": ""},
+            "line 1 has no 'conversation_id'; its keys are id",
+        ),
+        ({"conversation_id": "id-0", "output": ""}, "line 1 has no 'turn'"),
+        ({"conversation_id": "id-0", "turn": 1, "text": ""}, "line 1 has no 'output'"),
+        ({"conversation_id": "id-0", "turn": 1, "output": 3}, "line 1: the content is not text"),
+    ],
+)
+def test_predictions_that_match_nothing_say_why_and_leave_nothing_behind(tmp_path, row, words):
+    with pytest.raises(SystemExit, match=words):
+        score_rows(tmp_path, [row])
+    assert not (tmp_path / "results").exists()
+    folder = score_rows(tmp_path, ANSWERS) / "predictions-p"
+    before = (folder / "predictions.jsonl").read_bytes()
+    with pytest.raises(SystemExit, match=words):
+        score_rows(tmp_path, [row], "--overwrite")
+    assert (folder / "predictions.jsonl").read_bytes() == before
+
+
+# ---- Comparing runs
+
+
+def test_any_two_runs_are_compared_and_only_the_reported_one_is_written(tmp_path, capsys):
+    """Exact calls: 1 of 2 against 0 of 2."""
+    worse = [{**answer, "output": "No."} for answer in ANSWERS]
+    results = score_rows(tmp_path, worse, name="a.jsonl")
+    score_rows(tmp_path, ANSWERS, name="b.jsonl")
+    other = {path.name: path.read_bytes() for path in (results / "predictions-a").iterdir()}
+    flags = ["--compare-with", str(results / "predictions-a")]
+    score_rows(tmp_path, ANSWERS, "--rescore", *flags, name="b.jsonl")
+    metrics = read_metrics(results / "predictions-b")
+    assert metrics["difference"]["turn_right"]["value"] == 1 / 2
+    assert metrics["comparison"]["scores"]["turn_right"]["value"] == 0
+    (header,) = [line for line in capsys.readouterr().out.splitlines() if "difference" in line]
+    assert header.split() == ["n", "predictions-a", "predictions-b", "difference"]
+    pictures = {path.name for path in (results / "predictions-b").glob("*.png")}
+    assert pictures == {"scores.png", "comparison-with-predictions-a.png"}
+    assert other == {p.name: p.read_bytes() for p in (results / "predictions-a").iterdir()}
+    with pytest.raises(SystemExit, match="is the folder of the run itself"):
+        score_rows(tmp_path, worse, "--rescore", *flags, name="a.jsonl")
+
+
+def change_split(folder):
+    path = folder / "function_calling_test.jsonl"
+    path.write_text(path.read_text().replace("Hello", "Hi") + "\n")
+
+
+def change_wording(folder):
+    info = {"prompt": {"before_tools": "Tools: ", "after_tools": "", "before_request": ""}}
+    (folder / "dataset_info.json").write_text(json.dumps(info))
+
+
+DIFFERENCES = [
+    (["--max-new-tokens", "40"], None, "--max-new-tokens: 40 here, 256 there"),
+    ([], change_split, "test split: .*test.jsonl .sha256 .* here, .* there"),
+    ([], change_wording, "prompt wording: .sha256 .* here, .sha256 .* there"),
+]
+
+
+@pytest.mark.parametrize("flags, change, words", DIFFERENCES)
+def test_unlike_runs_are_not_compared_and_the_report_names_why(
+    tmp_path, capsys, flags, change, words
+):
+    """Catches a difference that comes from other data, other prompts or shorter answers."""
+    (tmp_path / "processed_data").mkdir()
+    (tmp_path / "processed_data/dataset_info.json").write_text('{"prompt": {"before_tools": ""}}')
+    results = score_rows(tmp_path, ANSWERS, name="a.jsonl")
+    if change:
+        change(tmp_path / "processed_data")
+    capsys.readouterr()
+    compare = ["--compare-with", str(results / "predictions-a"), *flags]
+    score_rows(tmp_path, ANSWERS, *compare, name="b.jsonl", splits=() if change else ("test",))
+    printed = capsys.readouterr().out
+    assert "No comparison with" in printed and re.search(words, printed)
+    assert "difference" not in printed
+    metrics = read_metrics(results / "predictions-b")
+    assert "difference" not in metrics and len(metrics["comparison"]["not_comparable"]) == 1
+    (header,) = [line.split() for line in printed.splitlines() if line.endswith("predictions-b")]
+    both = ["n", "predictions-a", "predictions-b"]
+    assert header == (["n", "predictions-b"] if change is change_split else both)
+    assert {path.name for path in (results / "predictions-b").glob("*.png")} == {"scores.png"}
+
+
+def test_published_figures_are_shown_for_the_published_split_and_model_only(tmp_path, capsys):
+    model = tmp_path / "gemma-3-1b-it"
+    shutil.copytree(SAMPLE_MODEL, model)
+    for folder, is_published, sha_of_split in [
+        (model, True, True),
+        (model, False, True),
+        (model, True, False),  # dataset_info.json is about another file
+        (SAMPLE_MODEL, True, True),
+    ]:
+        score_rows(tmp_path, ANSWERS, "--overwrite", model=folder)
+        path = tmp_path / "processed_data/function_calling_test.jsonl"
+        sha256 = hashlib.sha256(path.read_bytes()).hexdigest() if sha_of_split else "0"
+        info = {"is_published_split": is_published, "test": {"sha256": sha256}}
+        (tmp_path / "processed_data/dataset_info.json").write_text(json.dumps(info))
+        capsys.readouterr()
+        score_rows(tmp_path, ANSWERS, "--overwrite", model=folder)
+        is_shown = "0.28 / 0.91 / 0.973" in capsys.readouterr().out
+        assert is_shown == (folder is model and is_published and sha_of_split)
+
+
+def test_results_folders_do_not_collide(tmp_path):
+    """A predictions file named baseline, two files of one name, a rescore of another split."""
+    results = score_rows(tmp_path, ANSWERS, name="baseline.jsonl")
+    assert [path.name for path in results.iterdir()] == ["predictions-baseline"]
+    (tmp_path / "other").mkdir()
+    for flags, words in [
+        ([], "already contains predictions.*--overwrite.*--name"),
+        (["--rescore"], "predictions file was .*, not .*--name"),
+        (["--resume"], "predictions file was .*, not .*--name"),
+        (["--show-failures", "1"], "predictions file was .*, not"),
+    ]:
+        with pytest.raises(SystemExit, match=words):
+            score_rows(tmp_path, ANSWERS[:3], *flags, name="other/baseline.jsonl")
+    score_rows(tmp_path, ANSWERS[:3], "--name", "mine", name="other/baseline.jsonl")
+    assert {path.name for path in results.iterdir()} == {"predictions-baseline", "mine"}
+    before = (results / "predictions-baseline/metrics.json").read_bytes()
+    change_split(tmp_path / "processed_data")
+    with pytest.raises(SystemExit, match="the test split has changed since"):
+        score_rows(tmp_path, ANSWERS, "--rescore", name="baseline.jsonl", splits=())
+    assert (results / "predictions-baseline/metrics.json").read_bytes() == before
+
+
+NAMES = [
+    (["--baseline"], "baseline"),
+    ([], "fine-tuned"),
+    (["--adapter", "somewhere/LoRA_gemma-3-1b-it-function_calling"], "fine-tuned"),
+    (["--adapter", "runs/epochs4/"], "adapter-epochs4"),
+    (["--predictions", "a/baseline.jsonl"], "predictions-baseline"),
+    (["--server", "http://x/v1", "--server-model", "google/baseline"], "server-baseline"),
+    (["--server", "http://x/v1", "--server-model", "fc", "--baseline"], "baseline"),
+    (["--name", "mine"], "mine"),
+]
+
+
+@pytest.mark.parametrize("flags, name", NAMES)
+def test_the_name_of_a_results_folder_can_be_predicted(flags, name):
+    assert evaluation.results_name(evaluation.parse_args(flags)) == name
+
+
+def test_a_picture_has_one_bar_for_each_run_that_measured_a_score(tmp_path, monkeypatch):
+    """No bar where nothing was measured; n, axis label and title are there."""
+    from matplotlib.figure import Figure
+
+    figures = []
+    save = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda f, *a, **k: figures.append(f) or save(f, *a, **k))
+    entry = {"value": 0.5, "n": 8, "interval": [0.25, 0.75]}
+    columns = {
+        "baseline": {"helpful_exchange": entry},
+        "fine-tuned": {"helpful_exchange": entry, "turn_right": {**entry, "n": 4}, "f1": entry},
+    }
+    evaluation.plot_scores(columns, "m: baseline and fine-tuned", tmp_path / "x.png")
+    (axes,) = figures[0].axes
+    assert [len(bars) for bars in axes.containers] == [1, 2]
+    labels = [label.get_text() for label in axes.get_yticklabels()]
+    assert [label.splitlines()[0] for label in labels] == ["Exact calls", "Helpful exchange"]
+    assert labels[0].endswith("n = 4") and labels[1].endswith("n = 8")
+    assert axes.get_title() == "m: baseline and fine-tuned" and "score" in axes.get_xlabel()
+    low, high = axes.get_ylim()[::-1]
+    assert all(low < bar.get_y() < high for bars in axes.containers for bar in bars)

@@ -50,10 +50,12 @@ def test_the_sample_run_lifts_the_scores_on_a_slice_of_the_sample(tmp_path):
     process = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert process.returncode == 0, process.stderr
     results = tmp_path / "sample/run/evaluation_results/tiny-gemma-3"
-    metrics = [json.loads((results / x / "metrics.json").read_text()) for x in ("base", "tuned")]
-    base, tuned = (entry["scores"] for entry in metrics)
-    assert base["function_calling"]["value"] <= 0.35
-    assert tuned["function_calling"]["value"] >= base["function_calling"]["value"] + 0.3
-    assert tuned["helpful_exchange"]["value"] > base["helpful_exchange"]["value"]
+    scores = {}
+    for run in ("baseline", "fine-tuned"):
+        scores[run] = json.loads((results / run / "metrics.json").read_text())["scores"]
+    baseline, fine_tuned = scores["baseline"], scores["fine-tuned"]
+    assert baseline["function_calling"]["value"] <= 0.35
+    assert fine_tuned["function_calling"]["value"] >= baseline["function_calling"]["value"] + 0.3
+    assert fine_tuned["helpful_exchange"]["value"] > baseline["helpful_exchange"]["value"]
     pictures = re.findall(r"sample/run/\S+\.png", process.stdout)
     assert len(pictures) == 2 and all((tmp_path / picture).is_file() for picture in pictures)

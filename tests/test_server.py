@@ -33,19 +33,16 @@ def ask(tmp_path, tiny_model, monkeypatch):
         rows.append({"id": str(number), "messages": messages, "tools": tools})
     write_rows(tmp_path / "test.jsonl", rows)
 
-    def ask(url, *flags, error=None):
-        common = [
-            "--model",
-            str(tiny_model),
-            "--test-file",
-            "test.jsonl",
-            "--output-dir",
-            "results",
-        ]
+    def ask(url, *flags, error=None, path="/v1"):
+        command = ["--model", str(tiny_model), "--test-file", "test.jsonl"]
+        command += ["--output-dir", "results", "--server", url + path, "--server-model", "fc"]
         with pytest.raises(SystemExit, match=error) if error else contextlib.nullcontext():
-            evaluation.main([*common, "--server", f"{url}/v1", "--server-model", "fc", *flags])
-        label = "base" if "--baseline" in flags else "fc"
+            evaluation.main([*command, *flags])
+        label = "baseline" if "--baseline" in flags else "server-fc"
         folder = tmp_path / "results" / tiny_model.name / label
+        if not folder.exists():
+            assert not (tmp_path / "results").exists()  # nothing stored, no empty folder
+            return None, None
         lines = (folder / "predictions.jsonl").read_text().splitlines()
         return list(map(json.loads, lines)), json.loads((folder / "metrics.json").read_text())
 
@@ -61,8 +58,8 @@ def roles_in(requests):
     return {tuple(message["role"] for message in asked["messages"]) for asked in requests}
 
 
-def test_the_tuned_model_gets_the_messages_as_they_are_and_the_base_a_user_turn(ask):
-    """Catches a tool turn that a stock template refuses, a forged turn, a key sent astray."""
+def test_a_fine_tuned_model_gets_the_messages_as_they_are_and_the_baseline_a_user_turn(ask):
+    """Catches a tool turn that a stock template refuses, and a forged turn."""
     server = ChatServer(echo, delay=0.02)
     predictions, metrics = ask(server.url, "--concurrency", "3")
     assert server.most_at_once == 3
@@ -71,7 +68,6 @@ def test_the_tuned_model_gets_the_messages_as_they_are_and_the_base_a_user_turn(
     first = server.requests[0]
     assert (first["model"], first["max_tokens"], first["temperature"]) == ("fc", 256, 0)
     assert "<end_of_turn>" in first["messages"][0]["content"]
-    assert server.keys == {"Bearer EMPTY"}
     server.requests.clear()
     assert ask(server.url, "--baseline")[1]["queries"] == 12
     assert roles_in(server.requests) == {("user",), ("user", "assistant", "user")}
@@ -114,11 +110,69 @@ def test_passing_failures_are_asked_again_after_growing_waits(ask, monkeypatch):
     assert sorted(waits) == [0.01] * 12 + [0.02] * 12 + [0.04] * 12
 
 
-def test_a_server_that_stalls_or_is_not_there_is_given_up_on(ask, monkeypatch):
-    ask("http://127.0.0.1:9", error="12 queries failed .*ConnectError")
+def test_a_server_that_stalls_or_is_not_there_is_given_up_on_and_nothing_is_stored(
+    ask, monkeypatch
+):
+    """Catches zeros of a dead server that are stored as scores, or replace earlier answers."""
+    ask("http://127.0.0.1:9", error="none of 12 queries was answered.*no connection to http")
     monkeypatch.setattr(evaluation, "REQUEST_TIMEOUT", 0.3)
-    server = ChatServer(echo, delay=1)
-    ask(server.url, "--overwrite", error="12 queries failed.*TimeoutError")
+    stalling = ChatServer(echo, delay=1)
+    ask(stalling.url, error="none of 12 queries was answered.*no answer within 0.3 seconds")
+    monkeypatch.setattr(evaluation, "REQUEST_TIMEOUT", 30)
+    predictions, metrics = ask(ChatServer(echo).url)
+    ask("http://127.0.0.1:9", error="already contains predictions")
+    for url, path in (("http://127.0.0.1:9", "/v1"), (ChatServer(lambda *_: 404).url, "/typo")):
+        words = "none of 12 queries was answered, and nothing was stored"
+        assert ask(url, "--overwrite", error=words, path=path) == (predictions, metrics)
+
+
+def test_connection_errors_are_retried(ask, monkeypatch):
+    """A server that restarts refuses connections for a while."""
+    import httpx2
+
+    post, refused = httpx2.AsyncClient.post, []
+
+    async def refuse_once(client, url, json):
+        if json not in refused:
+            refused.append(json)
+            raise httpx2.ConnectError("All connection attempts failed")
+        return await post(client, url, json=json)
+
+    monkeypatch.setattr(httpx2.AsyncClient, "post", refuse_once)
+    _, metrics = ask(ChatServer(echo).url)
+    assert len(refused) == 12 and metrics["scores"]["turn_right"]["value"] == 1
+
+
+def test_a_server_that_dies_is_not_asked_a_thousand_times(ask, monkeypatch):
+    monkeypatch.setattr(evaluation, "MAX_FAILURES_IN_A_ROW", 4)
+    server = ChatServer(lambda asked, times: 400)
+    ask(server.url, "--concurrency", "1", error="400")
+    assert len(server.requests) < 8
+
+
+@pytest.mark.parametrize("path", ["/v1", "/v1/", "/v1/chat/completions"])
+def test_the_base_url_and_the_full_url_are_accepted(ask, path):
+    server = ChatServer(echo)
+    ask(server.url, path=path)
+    assert server.paths == {"/v1/chat/completions"}
+
+
+@pytest.mark.parametrize("key", [None, "", "sk-mine"])
+def test_no_hugging_face_token_reaches_a_server(ask, tmp_path, monkeypatch, key):
+    """Whatever the environment and the hub's token files hold."""
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    monkeypatch.setenv("HF_TOKEN_PATH", str(tmp_path / "token"))
+    (tmp_path / "token").write_text("hf_secret_file")
+    monkeypatch.setenv("HUGGING_FACE_HUB_TOKEN", "hf_secret_old")
+    if key is not None:
+        monkeypatch.setenv("OPENAI_API_KEY", key)
+    said = f"Incorrect API key {key}"
+    server = ChatServer(lambda asked, times: echo(asked, 0) if key != "sk-mine" else (401, said))
+    ask(server.url, error=r"Incorrect API key \[OPENAI_API_KEY\]" if key == "sk-mine" else None)
+    assert server.keys == {f"Bearer {key or 'EMPTY'}"}
+    assert not any("hf_secret" in text for text in server.headers)
+    files = [path for path in (tmp_path / "results").rglob("*") if path.is_file()]
+    assert not any(b"sk-mine" in path.read_bytes() for path in files)
 
 
 def test_a_failed_query_is_counted_named_and_asked_again(ask):
@@ -130,12 +184,12 @@ def test_a_failed_query_is_counted_named_and_asked_again(ask):
         return (400 if len(asked["messages"]) == 1 else 500) if is_failing else echo(asked, times)
 
     server = ChatServer(answer)
-    _, metrics = ask(server.url, error=r"error: 2 queries failed .*\('3', 1\).*400")
+    _, metrics = ask(server.url, error=r"error: 2 queries failed .*conversation 3, turn [13]: HTTP")
     assert len(server.requests) == 10 + 1 + 4
     assert metrics["queries"] == 12 and metrics["failures"] == {"failed": 2}
     assert metrics["scores"]["turn_right"]["value"] == metrics["scores"]["recall"]["value"] == 5 / 6
     assert metrics["scores"]["helpful_exchange"]["value"] == 5 / 6
-    ask(server.url, error="--resume goes on with it")
+    ask(server.url, error="Use --resume to continue")
     broken = False
     server.requests.clear()
     _, metrics = ask(server.url, "--resume")
@@ -143,11 +197,85 @@ def test_a_failed_query_is_counted_named_and_asked_again(ask):
     assert metrics["scores"]["turn_right"]["value"] == 1 and metrics["failures"] == {}
 
 
+MESSAGES = [  # how servers report an error; what is printed
+    (400, {"error": {"message": "Too long", "type": "x"}}, "HTTP status 400: Too long"),
+    (400, {"object": "error", "message": "Too long", "code": 40303}, "HTTP status 400: Too long"),
+    (422, {"error": "Too long", "error_type": "validation"}, "HTTP status 422: Too long"),
+    (400, {"error": True, "message": "Too long"}, "HTTP status 400: Too long"),
+    (404, {"detail": "Not Found"}, "HTTP status 404: Not Found .*usually ends in /v1"),
+    (422, {"detail": [{"loc": ["body"], "msg": "Too long"}]}, "HTTP status 422: Too long"),
+    (403, b"<html><h1>Forbidden</h1>\n</html>", "HTTP status 403: Forbidden"),
+    (401, b"", "HTTP status 401: Unauthorized"),
+    (200, {"error": {"message": "No credits", "code": 402}}, "HTTP status 402: No credits"),
+    (200, {"error": "model not loaded"}, "model not loaded"),
+    (200, {"choices": [{"error": {"message": "Overloaded", "code": 402}}]}, "402: Overloaded"),
+    (200, completion("", "error"), "stopped the answer with finish reason 'error'"),
+    (200, b"hello", "not a chat completion: hello"),
+    (400, {"error": {"message": "x" * 5000}}, f"HTTP status 400: {'x' * 300}[.]{{3}}$"),
+]
+
+
+@pytest.mark.parametrize("status, body, words", MESSAGES)
+def test_the_message_of_the_server_is_in_the_error(ask, status, body, words):
+    server = ChatServer(lambda asked, times: (status, body))
+    ask(server.url, error=f"none of 12 queries was answered.*{words}")
+
+
+def test_a_busy_server_that_answers_with_status_200_is_asked_again(ask):
+    busy = (200, {"error": {"message": "Rate limited", "code": 429}})
+    server = ChatServer(lambda asked, times: busy if times == 0 else echo(asked, times))
+    _, metrics = ask(server.url)
+    assert metrics["scores"]["turn_right"]["value"] == 1 and len(server.requests) == 24
+
+
+def test_max_completion_tokens_is_used_where_a_server_insists_on_it(ask):
+    said = "'max_tokens' is not supported with this model. Use 'max_completion_tokens' instead."
+
+    def answer(asked, times):
+        return (400, {"error": {"message": said}}) if "max_tokens" in asked else echo(asked, times)
+
+    server = ChatServer(answer)
+    _, metrics = ask(server.url, "--concurrency", "2", "--max-new-tokens", "99")
+    assert metrics["scores"]["turn_right"]["value"] == 1
+    assert len(server.requests) <= 14  # only the first ones are refused
+    assert server.requests[-1]["max_completion_tokens"] == 99
+
+
+FINISH_REASONS = [  # vLLM, SGLang, llama.cpp, Ollama, LM Studio, TGI, Together, OpenRouter, OpenAI
+    *[(reason, "end_of_turn") for reason in ("stop", "eos", "eos_token", "stop_sequence")],
+    *[(reason, "end_of_turn") for reason in ("tool_calls", "function_call", "end_turn", None)],
+    *[(reason, "max_new_tokens") for reason in ("length", "max_tokens", "MAX_TOKENS")],
+    ("content_filter", "content_filter"),
+]
+
+
+@pytest.mark.parametrize("given, stored", FINISH_REASONS)
+def test_finish_reasons_of_servers(given, stored):
+    assert evaluation.read_answer({"content": "x", "finish_reason": given}) == ("x", stored)
+
+
+FUNCTION = {"name": "get_weather", "arguments": '{"city": "Oslo"}'}
+FIELDS = [
+    ({"content": [{"type": "text", "text": "It "}, {"type": "text", "text": "is."}]}, "It is."),
+    ({"content": [{"type": "thinking", "thinking": []}, {"type": "text", "text": "x"}]}, "x"),
+    ({"content": "", "tool_calls": [{"function": FUNCTION}]}, CALL),
+    ({"content": None, "function_call": FUNCTION}, CALL),
+    ({"content": "So:", "tool_calls": [{"function": FUNCTION}]}, f"So:\n{CALL}"),
+    ({"content": None}, ""),
+]
+
+
+@pytest.mark.parametrize("fields, text", FIELDS)
+def test_text_and_calls_are_found_in_the_fields_of_an_answer(fields, text):
+    assert evaluation.read_answer(fields)[0] == text
+
+
 def test_an_answer_that_is_none_is_a_failure_and_no_exception(ask):
     strange = [{}, {"choices": []}, {"choices": [{"message": {"content": 3}}]}, [1]]
     strange += [completion("x", "content_filter"), completion("\ud800 x")]
     number = {str(n): answer for n, answer in enumerate(strange)}
     server = ChatServer(lambda asked, times: number[asked["messages"][0]["content"][-1]])
-    predictions, _ = ask(server.url, error="8 queries failed")
+    predictions, metrics = ask(server.url, error="8 queries failed")
     answers = {(p["output"], p["finish_reason"]) for p in predictions}
     assert answers == {("", "failed"), ("x", "content_filter"), ("? x", "end_of_turn")}
+    assert metrics["failures"] == {"failed": 8, "no_call": 2}

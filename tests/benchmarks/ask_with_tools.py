@@ -1,18 +1,18 @@
-"""Ask a server as a program does, through OpenAI's client with `tools=`, and count parsed calls.
+"""Query a server as an application does, through OpenAI's client with `tools=`.
 
     pip install openai
     python tests/benchmarks/ask_with_tools.py --server http://127.0.0.1:8000/v1 --server-model fc
     python evaluation.py --model MODEL --predictions with_tools.jsonl
 
-It asks the queries of evaluation.py. That script sends their prompts as they stand in the split;
-here the tools, in OpenAI's form, go into `tools`, the calls of earlier turns into `tool_calls`, as
-JSON, and the server's chat template and tool parser do the rest. Prompts that show tools in words
-of their own are sent as they are. The last command scores the answers.
+The queries are those of evaluation.py. That script sends their prompts as they are in the split.
+This one sends the declared tools in `tools` and the calls of earlier turns in `tool_calls`, and
+leaves the rest to the server's chat template and tool parser. Prompts that describe their tools in
+other words than step 1 does are sent as they are. The last command scores the answers.
 """
 
 import argparse
-import itertools
 import json
+import os
 import re
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -22,17 +22,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 import evaluation
 
 
-def to_openai(messages, wording):
-    """The turns of a split as OpenAI's messages, without what step 1 wrote around the tools."""
-    after_tools = wording["after_tools"] + wording["before_request"]
+def to_openai(messages: list[dict], wording: dict) -> list[dict]:
+    """The turns of a split as OpenAI's messages, without the wording of step 1 and its tools."""
     written = []
     for message in messages:
-        role, text = message["role"], message["content"]
+        role = message["role"]
+        text = message["content"]
         calls = evaluation.parse_calls(text) if role == "assistant" else None
+        results = re.findall("<tool_response>\n(.*?)\n</tool_response>", text, re.DOTALL)
         system, _, rest = text.partition(wording["before_tools"])
-        request = rest.partition(after_tools)[2]
+        request = rest.partition(wording["after_tools"] + wording["before_request"])[2]
         if role == "tool":
-            results = re.findall("<tool_response>\n(.*?)\n</tool_response>", text, re.DOTALL)
             for number, result in enumerate(results or [text]):
                 written.append({"role": role, "content": result, "tool_call_id": str(number)})
         elif calls:
@@ -48,23 +48,31 @@ def to_openai(messages, wording):
     return written
 
 
-def to_tool_call(number, call):
+def to_tool_call(number: int, call: dict) -> dict:
     arguments = json.dumps(call["arguments"], ensure_ascii=False)
     function = {"name": call["name"], "arguments": arguments}
     return {"id": str(number), "type": "function", "function": function}
 
 
-def ask_all(queries, wording, args):
-    """Lines of --predictions, with the answers of the server."""
+def ask_all(queries: list[dict], wording: dict, args: argparse.Namespace) -> list[dict]:
+    """Return the server's answers as lines for --predictions."""
     from openai import OpenAI
 
-    client = OpenAI(base_url=args.server, api_key="EMPTY", timeout=evaluation.REQUEST_TIMEOUT)
-    options = {"model": args.server_model, "max_tokens": args.max_new_tokens, "temperature": 0}
+    client = OpenAI(
+        base_url=args.server,
+        api_key=os.environ.get("OPENAI_API_KEY") or "EMPTY",
+        timeout=evaluation.REQUEST_TIMEOUT,
+    )
 
-    def ask(query):
-        messages, tools = to_openai(query["prompt"], wording), json.loads(query["tools"])
-        declared = {"tools": tools} if tools else {}
-        reply = client.chat.completions.create(messages=messages, **declared, **options)
+    def ask(query: dict) -> dict:
+        tools = json.loads(query["tools"] or "[]")
+        reply = client.chat.completions.create(
+            model=args.server_model,
+            messages=to_openai(query["prompt"], wording),
+            max_tokens=args.max_new_tokens,
+            temperature=0,
+            **({"tools": tools} if tools else {}),
+        )
         choice = reply.choices[0]
         return {
             "conversation_id": query["conversation_id"],
@@ -77,24 +85,56 @@ def ask_all(queries, wording, args):
         return list(pool.map(ask, queries))
 
 
-def main():
+def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    add, shown = parser.add_argument, "(default: %(default)s)"
-    split = Path("processed_data/function_calling_test.jsonl")
-    add("--server", required=True, metavar="URL", help="http://host:port/v1")
-    add("--server-model", required=True, metavar="NAME", help="the name of the served model")
-    add("--test-file", type=Path, default=split, help=f"test split of step 1 {shown}")
-    add("--output", type=Path, default="with_tools.jsonl", help=f"for the answers {shown}")
-    add("--max-new-tokens", type=int, default=256, help=f"longest output, tokens {shown}")
-    add("--concurrency", type=int, default=8, help=f"requests at once {shown}")
-    args = parser.parse_args()
-    info = json.loads(args.test_file.with_name("dataset_info.json").read_text(encoding="utf-8"))
-    queries = evaluation.read_queries(args.test_file)
-    answers = ask_all(queries, info["prompt"], args)
-    args.output.write_text("".join(f"{json.dumps(a)}\n" for a in answers), encoding="utf-8")
-    calling = ["<tool_call>" in query["reference"] for query in queries]
-    parsed = [bool(answer.get("tool_calls")) for answer in itertools.compress(answers, calling)]
-    print(f"{sum(parsed)} of {len(parsed)} queries that need a call came back parsed")
+    parser.add_argument(
+        "--server", required=True, metavar="URL", help="Base URL, for example http://host:8000/v1."
+    )
+    parser.add_argument(
+        "--server-model", required=True, metavar="NAME", help="Name of the served model."
+    )
+    parser.add_argument(
+        "--test-file",
+        type=Path,
+        default=evaluation.DEFAULT_TEST_FILE,
+        help="Test split written by step 1. (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("with_tools.jsonl"),
+        help="File for the answers. (default: %(default)s)",
+    )
+    parser.add_argument("--limit", type=int, help="Ask only the first N conversations.")
+    parser.add_argument(
+        "--max-new-tokens",
+        type=int,
+        default=evaluation.DEFAULT_MAX_NEW_TOKENS,
+        help="Maximum length of an output in tokens. (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--concurrency",
+        type=int,
+        default=8,
+        help="Number of requests to send at once. (default: %(default)s)",
+    )
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    wording = evaluation.read_dataset_info(args.test_file)["prompt"]
+    queries = evaluation.read_queries(args.test_file, args.limit)
+    answers = ask_all(queries, wording, args)
+    lines = [json.dumps(answer) + "\n" for answer in answers]
+    args.output.write_text("".join(lines), encoding="utf-8")
+    num_calls = 0
+    num_parsed = 0
+    for query, answer in zip(queries, answers, strict=True):
+        if "<tool_call>" in query["reference"]:
+            num_calls += 1
+            num_parsed += bool(answer.get("tool_calls"))
+    print(f"{num_parsed} of {num_calls} queries that need a call came back parsed")
 
 
 if __name__ == "__main__":
