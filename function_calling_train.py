@@ -572,6 +572,13 @@ class ReportProgress:
     otherwise once a minute.
     """
 
+    seconds_before = 0.0
+    first_step = 0
+
+    def on_init_end(self, args, state, control, **kwargs):
+        self.start = time.monotonic()
+        self.last_line = self.start
+
     def on_train_begin(self, args, state, control, **kwargs):
         earlier = [entry["seconds"] for entry in state.log_history if "seconds" in entry]
         self.seconds_before = earlier[-1] if earlier else 0.0
@@ -849,6 +856,7 @@ def lock_run(args: argparse.Namespace) -> Iterator[None]:
 def remove_checkpoints(checkpoint_dir: Path) -> None:
     """Remove run.json first: without it, nothing is resumed from the checkpoints."""
     (checkpoint_dir / "run.json").unlink(missing_ok=True)
+    (checkpoint_dir / "README.md").unlink(missing_ok=True)  # TRL's model card
     for checkpoint in checkpoint_dir.glob("checkpoint-*"):
         shutil.rmtree(checkpoint)
 
@@ -976,7 +984,7 @@ A LoRA adapter that teaches {base} to call functions.
 | | |
 |---|---|
 | Base model | {base} |
-| Training data | {data} |
+| Training data | {source}, {num_conversations} conversations |
 | Recipe | {recipe} |
 | Validation loss | {loss:.4f} nats per token, at step {best_step} of {steps} |
 
@@ -1018,7 +1026,7 @@ and generate again.
 ## Serve it with vLLM
 
 ```bash
-vllm serve {base} --enable-lora --max-lora-rank {vllm_rank} \\
+{download}vllm serve {base} --enable-lora --max-lora-rank {vllm_rank} \\
     --lora-modules function-calling={address} \\
     --chat-template {template} \\
     --enable-auto-tool-choice --tool-call-parser hermes --max-model-len 4096
@@ -1029,6 +1037,11 @@ vllm serve {base} --enable-lora --max-lora-rank {vllm_rank} \\
 Gemma is provided under and subject to the [Gemma Terms of Use](https://ai.google.dev/gemma/terms),
 which also apply to this adapter.{data_license}
 """
+RECIPE_IN_WORDS = (
+    "LoRA of rank {lora_rank}, alpha {lora_alpha}, dropout {lora_dropout} on all seven "
+    "projections; {steps} steps of {conversations_per_step} conversations; AdamW, peak learning rate "
+    "{learning_rate}, 10% warm-up, cosine decay; loss on {loss_on}; {dtype}; seed {seed}"
+)
 ADAPTER_FILES = [
     "README.md",
     "adapter_config.json",
@@ -1071,37 +1084,43 @@ def best_loss(training_run: dict) -> float:
 
 def write_model_card(args: argparse.Namespace, training_run: dict) -> None:
     """Write the model card, unless the folder already has the same text."""
+    from huggingface_hub import ModelCardData
+
     info = json.loads(args.train_file.with_name("dataset_info.json").read_text(encoding="utf-8"))
     is_published = info.get("is_published_split", False)
-    front_matter = ["library_name: peft", "license: gemma", "pipeline_tag: text-generation"]
-    front_matter += ["tags:", "- lora", "- function-calling", "- gemma-3"]
-    if training_run["commit"] is not None:  # the hub accepts only its own ids
-        front_matter.append(f"base_model: {args.model}")
-    if is_published:
-        front_matter += ["datasets:", f"- {PUBLISHED_DATA}"]
-    num_conversations = info.get("train", {}).get("conversations", "?")
-    data = f"[{PUBLISHED_DATA}](https://huggingface.co/datasets/{PUBLISHED_DATA})"
-    recipe = (
-        "LoRA of rank {lora_rank}, alpha {lora_alpha}, dropout {lora_dropout} on all seven "
-        "projections; {steps} steps of {conversations_per_step} conversations; AdamW, peak "
-        "learning rate {learning_rate}, 10% warm-up, cosine decay; loss on {loss_on}; {dtype}; "
-        "seed {seed}"
+    is_hub_model = training_run["commit"] is not None
+    front_matter = ModelCardData(
+        base_model=args.model if is_hub_model else None,  # the hub accepts only its own ids
+        datasets=[PUBLISHED_DATA] if is_published else None,
+        library_name="peft",
+        license="gemma",
+        pipeline_tag="text-generation",
+        tags=["lora", "function-calling", "gemma-3"],
     )
-    steps = training_run["log_history"][-1]["step"]
+    source = "local data"
+    if is_published:
+        source = f"[{PUBLISHED_DATA}](https://huggingface.co/datasets/{PUBLISHED_DATA})"
     address = args.push_to_hub or str(args.output_dir)
+    template = f"{address}/chat_template.jinja"
+    download = ""
+    if args.push_to_hub:
+        template = "chat_template.jinja"
+        download = f"hf download {address} {template} --local-dir .\n"
+    steps = training_run["log_history"][-1]["step"]
     card = MODEL_CARD.format(
-        front_matter="\n".join(front_matter),
+        front_matter=front_matter.to_yaml(),
         name=args.output_dir.name,
         base=args.model,
-        data=f"{data if is_published else 'the user’s own'}, {num_conversations} conversations, "
-        f"of which {training_run['validation_size']:.0%} for validation",
-        recipe=recipe.format(**training_run, steps=steps),
+        source=source,
+        num_conversations=info["train"]["conversations"],
+        recipe=RECIPE_IN_WORDS.format(**training_run, steps=steps),
         loss=best_loss(training_run),
         best_step=training_run["best_step"],
         steps=steps,
         scores=describe_scores(args),
         address=address,
-        template="chat_template.jinja" if args.push_to_hub else f"{address}/chat_template.jinja",
+        download=download,
+        template=template,
         vllm_rank=max(16, 2 ** math.ceil(math.log2(training_run["lora_rank"]))),
         data_license=" The training data is licensed under Apache-2.0." if is_published else "",
     )
