@@ -1039,8 +1039,8 @@ which also apply to this adapter.{data_license}
 """
 RECIPE_IN_WORDS = (
     "LoRA of rank {lora_rank}, alpha {lora_alpha}, dropout {lora_dropout} on all seven "
-    "projections; {steps} steps of {conversations_per_step} conversations; AdamW, peak learning rate "
-    "{learning_rate}, 10% warm-up, cosine decay; loss on {loss_on}; {dtype}; seed {seed}"
+    "projections; {steps} steps of {conversations_per_step} conversations; AdamW, peak learning "
+    "rate {learning_rate}, 10% warm-up, cosine decay; loss on {loss_on}; {dtype}; seed {seed}"
 )
 ADAPTER_FILES = [
     "README.md",
