@@ -381,7 +381,7 @@ def make_templates(wording):
 
 def find_model(args: argparse.Namespace) -> tuple[Path, str | None]:
     """Return (folder, commit) of --model: a local folder (commit None), or a downloaded hub id."""
-    from huggingface_hub import errors, snapshot_download
+    from huggingface_hub import constants, errors, snapshot_download
 
     folder = Path(args.model).expanduser()
     if folder.is_dir():
@@ -407,7 +407,7 @@ def find_model(args: argparse.Namespace) -> tuple[Path, str | None]:
         fail(f"--revision {args.revision} does not exist; see {page}/tree/main for those that do")
     except errors.LocalEntryNotFoundError:
         reason = "the hub cannot be reached. Check the network connection"
-        if os.environ.get("HF_HUB_OFFLINE") == "1":
+        if constants.HF_HUB_OFFLINE:
             reason = "HF_HUB_OFFLINE=1 forbids downloads. Set HF_HUB_OFFLINE=0"
         fail(f"--model {args.model} is not on this machine, and {reason}, or pass a local folder")
     except errors.HFValidationError:
