@@ -1112,7 +1112,7 @@ def write_model_card(args: argparse.Namespace, training_run: dict) -> None:
         name=args.output_dir.name,
         base=args.model,
         source=source,
-        num_conversations=info["train"]["conversations"],
+        num_conversations=len(args.train_file.read_bytes().splitlines()),
         recipe=RECIPE_IN_WORDS.format(**training_run, steps=steps),
         loss=best_loss(training_run),
         best_step=training_run["best_step"],
