@@ -141,10 +141,24 @@ def positive_float(text: str) -> float:
     return value
 
 
-def share(text: str) -> float:
+def positive_share(text: str) -> float:
+    value = float(text)
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"must be between 0 and 1, not {text}")
+    return value
+
+
+def probability(text: str) -> float:
     value = float(text)
     if not 0 <= value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 0 and less than 1, not {text}")
+    return value
+
+
+def seed(text: str) -> int:
+    value = int(text)
+    if not 0 <= value < 2**32:
+        raise argparse.ArgumentTypeError(f"must be between 0 and {2**32 - 1}, not {text}")
     return value
 
 
@@ -174,7 +188,7 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--validation-size",
-        type=share,
+        type=positive_share,
         default=0.2,
         help="Share of the train split that is held out for validation (default: %(default)s).",
     )
@@ -203,7 +217,7 @@ def add_lora_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--lora-dropout",
-        type=share,
+        type=probability,
         default=0.05,
         help="Dropout probability before the LoRA matrices (default: %(default)s).",
     )
@@ -237,7 +251,7 @@ def add_optimization_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--seed",
-        type=int,
+        type=seed,
         default=42,
         help="Seed of the validation split, the order of the data, LoRA's initial weights and "
         "dropout (default: %(default)s).",
@@ -677,7 +691,7 @@ def build_trainer(
     if not share or args.conversations_per_step % (batch_size * num_processes):
         fail(
             f"--conversations-per-step {args.conversations_per_step} must be a multiple of "
-            f"--batch-size {batch_size} times {num_processes} processes"
+            f"--batch-size {batch_size} times the number of processes, {num_processes}"
         )
     checkpointing = bool(args.activation_checkpointing)
     if args.activation_checkpointing is None and device == "cuda":
@@ -890,6 +904,7 @@ def plot_losses(history: list[dict], best_step: int, path: Path, title: str) -> 
             axes.plot(best_step, best, "C3*", markersize=14, label=label)
     axes.set(title=title, xlabel="optimizer step", ylabel="loss (nats per token)")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_xlim(left=0)
     axes.legend()
     figure.savefig(path, dpi=150)
 

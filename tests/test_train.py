@@ -355,6 +355,19 @@ def test_two_processes_give_the_losses_of_one(tiny_model, flags, tmp_path):
 # ---- Mistakes
 
 
+WRONG_VALUES = [
+    ("--epochs", "0"),
+    ("--epochs", "nan"),
+    ("--max-length", "0"),
+    ("--lora-rank", "-1"),
+    ("--lora-dropout", "1"),
+    ("--validation-size", "0"),
+    ("--validation-size", "2"),
+    ("--learning-rate", "fast"),
+    ("--seed", "-1"),
+]
+
+
 def test_mistakes_end_in_one_line_and_the_corrected_command_just_works(
     tiny_model, splits, tmp_path
 ):
@@ -366,7 +379,10 @@ def test_mistakes_end_in_one_line_and_the_corrected_command_just_works(
         assert_fails_in_one_line(process, *words)
         assert not [path for path in tmp_path.iterdir() if path.name.startswith("run")]
 
-    assert run_here(SCRIPT, "--epochs", "0", cwd=tmp_path).returncode == 2  # after the usage
+    for flag, value in WRONG_VALUES:
+        process = run_here(SCRIPT, flag, value, cwd=tmp_path)
+        assert process.returncode == 2  # the last line, after the usage, names the flag
+        assert f"error: argument {flag}: " in process.stderr.splitlines()[-1]
     assert_refused("run prepare_function_calling_dataset.py first")  # the scripts in wrong order
     shutil.copytree(splits, split.parent)
     lines = split.read_text()
