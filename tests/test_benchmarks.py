@@ -74,7 +74,7 @@ REPORT = ROOT / "tests/benchmarks/gpu_report.py"
 
 def run_report(*flags):
     command = [sys.executable, REPORT, "--model-shapes", "tiny", *flags]
-    return subprocess.run(command, capture_output=True, text=True, timeout=600)
+    return subprocess.run(command, capture_output=True, text=True, timeout=1200)
 
 
 @pytest.mark.slow

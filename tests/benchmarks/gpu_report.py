@@ -80,7 +80,7 @@ def read_weights(folder: Path) -> dict:
 
 
 def report_machine(args: argparse.Namespace) -> None:
-    """The GPU, the libraries and what they say of each other."""
+    """The GPU and the versions of the libraries."""
     import torch
 
     rows = [["system", f"{platform.platform()}, Python {platform.python_version()}"]]
@@ -299,7 +299,8 @@ def report_resume(args: argparse.Namespace) -> None:
     shape = args.model_shapes[0]
     num_steps = args.size["resume_steps"]
     folder = write_inputs(args, shape, 6 * num_steps)
-    flags = ["--max-steps", str(num_steps), "--epochs", "4"]  # eight checkpoints
+    flags = ["--max-steps", str(num_steps), "--epochs", "2"]  # four checkpoints
+    flags += ["--validation-size", "0.1"]
     run_command(training_command(folder, "undisturbed", *flags))
     killed = training_command(folder, "killed", *flags)
     kill_after_checkpoint(killed, folder / "killed-checkpoints")
@@ -367,7 +368,7 @@ TRIAL = {
     "steps": "2",
     "conversations": "1",
     "new_tokens": "8",
-    "resume_steps": 8,
+    "resume_steps": 4,
     "lengths": [16, 32],
 }
 
