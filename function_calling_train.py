@@ -1,38 +1,52 @@
-"""Fine-tune Gemma 3 to call functions, with LoRA, on the splits of step 1 (step 2 of 3).
+"""Fine-tune Gemma 3 for function calling with LoRA, on the splits of step 1 (step 2 of 3).
 
     python function_calling_train.py                                # gemma-3-1b-it, as published
     python function_calling_train.py --model google/gemma-3-270m-it
     torchrun --nproc_per_node 2 function_calling_train.py           # two GPUs
 
-Reads the train split and, in dataset_info.json beside it, how its prompt is worded. Writes into
-LoRA_<model name>-function_calling/ the adapter, the base model's tokenizer with the chat template
-of the training, training_run.json and loss.png. Until then, checkpoints lie in a folder beside it.
+Reads the train split and, from dataset_info.json in the same folder, the wording of its prompts.
+Writes the adapter, the base model's tokenizer with the chat template, training_run.json, loss.png
+and a model card to LoRA_<model name>-function_calling/. Checkpoints are kept in
+LoRA_<model name>-function_calling-checkpoints/ until the run is finished.
+
+Heavy libraries are imported inside the functions that use them, so that --help answers at once.
 """
 
+from __future__ import annotations
+
 import argparse
+import contextlib
 import hashlib
 import json
 import logging
 import math
 import os
 import re
+import shlex
 import shutil
-import signal
+import subprocess
 import sys
+import textwrap
+import time
 import warnings
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+if TYPE_CHECKING:
+    import torch
+    from datasets import Dataset
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from trl import SFTConfig, SFTTrainer
 
 DEFAULT_MODEL = "google/gemma-3-1b-it"
 DEFAULT_TRAIN_FILE = Path("processed_data/function_calling_train.jsonl")
 LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-# The arguments that a result depends on; a run that is resumed must have the same.
-RECIPE = """epochs conversations_per_step learning_rate lora_rank lora_alpha lora_dropout loss_on
-max_length validation_size seed load_in_4bit max_steps""".split()
 
 # Gemma's turns. A server sends OpenAI-style messages, and this renders them as step 1 does: tools
 # in the first user turn, calls and results as tagged blocks, neighboring messages of a role as one
-# turn. JSON has a macro, since the tojson filter differs between template engines. make_templates
+# turn. JSON has a macro, since the tojson filter differs between template engines. make_template
 # fills in the names in capitals.
 CHAT_TEMPLATE = r"""
 {%- macro plain(text) -%}
@@ -294,91 +308,265 @@ MODEL_TURNS = {
 }
 
 
-def parse_args(argv=None):
+def positive_int(text: str) -> int:
+    value = int(text)
+    if value <= 0:
+        raise argparse.ArgumentTypeError(f"must be greater than 0, not {text}")
+    return value
+
+
+def positive_float(text: str) -> float:
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a finite number greater than 0, not {text}")
+    return value
+
+
+def positive_share(text: str) -> float:
+    value = float(text)
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"must be between 0 and 1, not {text}")
+    return value
+
+
+def probability(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 0 and less than 1, not {text}")
+    return value
+
+
+def seed(text: str) -> int:
+    value = int(text)
+    if not 0 <= value < 2**32:
+        raise argparse.ArgumentTypeError(f"must be between 0 and {2**32 - 1}, not {text}")
+    return value
+
+
+def add_data_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("model and data")
+    group.add_argument(
+        "--model",
+        default=DEFAULT_MODEL,
+        help="Hub id or local folder of a Gemma 3 text model (default: %(default)s).",
+    )
+    group.add_argument(
+        "--revision",
+        help="Branch, tag or commit of the model on the hub (default: the main branch).",
+    )
+    group.add_argument(
+        "--train-file",
+        type=Path,
+        default=DEFAULT_TRAIN_FILE,
+        help="Train split written by step 1 (default: %(default)s).",
+    )
+    group.add_argument(
+        "--max-length",
+        type=positive_int,
+        default=4096,
+        help="Longest conversation, in tokens. Longer ones are dropped and counted, never cut "
+        "(default: %(default)s).",
+    )
+    group.add_argument(
+        "--validation-size",
+        type=positive_share,
+        default=0.2,
+        help="Share of the train split that is held out for validation (default: %(default)s).",
+    )
+    group.add_argument(
+        "--loss-on",
+        choices=["model-turns", "all"],
+        default="model-turns",
+        help="Tokens that carry loss: those of the model's turns, or all of them, as in the "
+        "original code (default: %(default)s).",
+    )
+
+
+def add_lora_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("LoRA")
+    group.add_argument(
+        "--lora-rank",
+        type=positive_int,
+        default=16,
+        help="Rank of the LoRA matrices (default: %(default)s).",
+    )
+    group.add_argument(
+        "--lora-alpha",
+        type=positive_int,
+        default=64,
+        help="LoRA updates are scaled by alpha / rank (default: %(default)s).",
+    )
+    group.add_argument(
+        "--lora-dropout",
+        type=probability,
+        default=0.05,
+        help="Dropout probability before the LoRA matrices (default: %(default)s).",
+    )
+
+
+def add_optimization_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("optimization")
+    group.add_argument(
+        "--epochs",
+        type=positive_float,
+        default=1.0,
+        help="Passes over the training conversations (default: %(default)s).",
+    )
+    group.add_argument(
+        "--max-steps",
+        type=positive_int,
+        metavar="N",
+        help="Number of optimizer steps. Overrides --epochs.",
+    )
+    group.add_argument(
+        "--conversations-per-step",
+        type=positive_int,
+        default=4,
+        help="Effective batch size, in conversations (default: %(default)s).",
+    )
+    group.add_argument(
+        "--learning-rate",
+        type=positive_float,
+        default=1e-4,
+        help="Peak learning rate: 10%% linear warm-up, then cosine decay (default: %(default)s).",
+    )
+    group.add_argument(
+        "--seed",
+        type=seed,
+        default=42,
+        help="Seed of the validation split, the order of the data, LoRA's initial weights and "
+        "dropout (default: %(default)s).",
+    )
+
+
+def add_hardware_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("hardware")
+    group.add_argument(
+        "--dtype",
+        choices=["bfloat16", "float32"],
+        help="Precision of the base model (default: bfloat16 where the hardware multiplies in it, "
+        "else float32). The LoRA weights are always float32.",
+    )
+    group.add_argument(
+        "--batch-size",
+        type=positive_int,
+        help="Conversations processed at once on one device. The rest of a step is accumulated "
+        "(default: all conversations of a step on CUDA, else 1).",
+    )
+    group.add_argument(
+        "--activation-checkpointing",
+        action=argparse.BooleanOptionalAction,
+        help="Recompute activations in the backward pass to save memory (default: only when the "
+        "GPU is too small to keep them for the longest batch).",
+    )
+    group.add_argument(
+        "--load-in-4bit",
+        action="store_true",
+        help="Quantize the base model to 4 bits while training (QLoRA). Needs a CUDA GPU.",
+    )
+
+
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("run")
+    group.add_argument(
+        "--output-dir",
+        type=Path,
+        help="Folder of the adapter (default: LoRA_<model name>-function_calling).",
+    )
+    group.add_argument(
+        "--resume",
+        action="store_true",
+        help="Continue an interrupted run from its last checkpoint. For a finished run, only "
+        "--merge and --push-to-hub are carried out.",
+    )
+    group.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="Start over and replace the run that the output folder contains.",
+    )
+    group.add_argument(
+        "--merge",
+        action="store_true",
+        help="Also write base model and adapter, merged, to <output dir>-merged.",
+    )
+    group.add_argument(
+        "--push-to-hub",
+        metavar="REPO",
+        help="Upload the adapter to this hub repository. A new repository is private.",
+    )
+    group.add_argument(
+        "--report-to",
+        metavar="TRACKER",
+        default="none",
+        help="Experiment tracker, such as tensorboard, trackio or wandb (default: %(default)s).",
+    )
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Parse the arguments, and add the model's name and the folders of the run to them."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-
-    def add(flag, help, **options):
-        shown = "" if options.get("default") is None else " (default: %(default)s)"
-        parser.add_argument(flag, help=help + shown, **options)
-
-    add("--model", "hub id or local folder of a Gemma 3 text model", default=DEFAULT_MODEL)
-    add("--revision", "branch, tag or commit of the hub model (default: its main branch)")
-    add("--train-file", "train split of step 1", type=Path, default=DEFAULT_TRAIN_FILE)
-    add("--output-dir", "adapter folder (default: LoRA_<model name>-function_calling)", type=Path)
-    add("--epochs", "passes over the training conversations", type=float, default=1.0)
-    add("--conversations-per-step", "conversations of an optimizer step", type=int, default=4)
-    add("--learning-rate", "its peak; 10%% warm-up, cosine decay", type=float, default=1e-4)
-    add("--lora-rank", "rank of the LoRA matrices", type=int, default=16)
-    add("--lora-alpha", "updates are multiplied by alpha / rank", type=int, default=64)
-    add("--lora-dropout", "dropout before the LoRA matrices", type=float, default=0.05)
-    add("--loss-on", "published: all", choices=["model-turns", "all"], default="model-turns")
-    add("--max-length", "longer conversations are dropped, tokens", type=int, default=4096)
-    add("--validation-size", "share of conversations to validate with", type=float, default=0.2)
-    add("--seed", "seed of the split, the order, LoRA and dropout", type=int, default=42)
-    add("--dtype", "default: bfloat16 where it is fast", choices=["bfloat16", "float32"])
-    add("--batch-size", "conversations at once (default: a step's on CUDA, else 1)", type=int)
-    add("--activation-checkpointing", "default: below 40 GB", action=argparse.BooleanOptionalAction)
-    add("--load-in-4bit", "hold the base model in 4 bits (QLoRA), CUDA only", action="store_true")
-    add("--max-steps", "optimizer steps, in place of --epochs", type=int, metavar="N")
-    add("--resume", "go on from the last checkpoint", action="store_true")
-    add("--overwrite", "replace an earlier or unfinished run", action="store_true")
-    add("--merge", "also write the merged model to <output dir>-merged", action="store_true")
-    add("--push-to-hub", "upload the adapter; a new repository is private", metavar="REPO")
-    add("--report-to", "experiment tracker, such as tensorboard or wandb", default="none")
+    add_data_arguments(parser)
+    add_lora_arguments(parser)
+    add_optimization_arguments(parser)
+    add_hardware_arguments(parser)
+    add_run_arguments(parser)
     args = parser.parse_args(argv)
     if args.resume and args.overwrite:
-        parser.error("--resume goes on with a run, --overwrite replaces it: give one of them")
-    for key in [*RECIPE[:4], "batch_size", "max_steps"]:
-        if getattr(args, key) is not None and getattr(args, key) <= 0:
-            parser.error(f"--{key.replace('_', '-')} must be greater than 0")
+        parser.error("--resume continues a run and --overwrite replaces it: pass only one of them")
     args.model_name = Path(args.model).expanduser().resolve().name
-    args.output_dir = args.output_dir or Path(f"LoRA_{args.model_name}-function_calling")
+    args.default_output_dir = Path(f"LoRA_{args.model_name}-function_calling")
+    args.output_dir = args.output_dir or args.default_output_dir
+    if args.output_dir.name in ("", ".."):  # such as "."; folders next to it need its real name
+        args.output_dir = args.output_dir.resolve()
+    args.checkpoint_dir = Path(f"{args.output_dir}-checkpoints")
+    args.merged_dir = Path(f"{args.output_dir}-merged")
+    args.tracker_dir = Path(f"{args.output_dir}-runs")
     return args
 
 
-if __name__ == "__main__":
-    parse_args()  # --help and mistakes are answered before the imports below, which take seconds
-    logging.disable(logging.WARNING)  # what goes wrong in a library is told once, by its error
-    signal.signal(signal.SIGINT, lambda *_: sys.exit("interrupted: --resume goes on with the run"))
-    if "WORLD_SIZE" not in os.environ:  # without torchrun, one process trains on one GPU
-        os.environ["CUDA_VISIBLE_DEVICES"] = os.getenv("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
-
-import datasets
-import torch
-import transformers
-from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.errors import HTTPError
-from matplotlib.figure import Figure
-from peft import LoraConfig, PeftModel
-from safetensors import SafetensorError
-from trl import SFTConfig, SFTTrainer
-
-# cuDNN's attention gives NaN in the backward pass of padded bf16 batches (pytorch#196678).
-torch.backends.cuda.enable_cudnn_sdp(False)
+def fail(message: str) -> NoReturn:
+    """End the program with one line on standard error."""
+    sys.exit(f"error: {message}")
 
 
-def fail(message, error=""):
-    """End the program with one line; `error` is what a library says, on however many lines."""
-    sys.exit(f"error: {message}{' '.join(str(error).split())}")
+def describe(error: Exception) -> str:
+    """The text of an error on one line, without the error number of the operating system."""
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        return f"{error.filename}: {error.strerror}"
+    return " ".join(str(error).split())
 
 
-def read_split(path):
-    """Return the messages of each conversation, and the wording in dataset_info.json."""
-    conversations, place = [], path.with_name("dataset_info.json")
+def local_rank() -> int:
+    """The number of this process, and of its GPU, on this machine."""
+    return int(os.environ.get("LOCAL_RANK", 0))
+
+
+def read_split(path: Path) -> tuple[list[list[dict]], dict[str, str]]:
+    """Return the messages of each conversation, and the wording from dataset_info.json."""
+    advice = (
+        "run prepare_function_calling_dataset.py first, or pass its train split as --train-file"
+    )
+    info = path.with_name("dataset_info.json")
+    for file in (path, info):
+        if not file.is_file():
+            fail(f"{file} does not exist: {advice}")
     try:
-        wording, place = json.loads(place.read_text("utf-8"))["prompt"], path
-        with open(path, encoding="utf-8") as file:
-            for number, line in enumerate(file, start=1):
-                place = f"{path}, line {number}"
+        wording = json.loads(info.read_text("utf-8"))["prompt"]
+    except (ValueError, KeyError, TypeError):
+        fail(f"{info} does not contain the wording of the prompts: {advice}")
+    conversations = []
+    with open(path, encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            try:
                 conversations.append(json.loads(line)["messages"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        fail(f"{place}: run prepare_function_calling_dataset.py first: ", error)
+            except ValueError:
+                fail(f"{path}, line {number} is not valid JSON: {advice}")
+            except (KeyError, TypeError):
+                fail(f'{path}, line {number} has no "messages": {advice}')
     return conversations, wording
 
 
-def make_template(
-    wording: dict[str, str], tokenizer: transformers.PreTrainedTokenizerBase, use: str
-) -> str:
+def make_template(wording: dict[str, str], tokenizer: PreTrainedTokenizerBase, use: str) -> str:
     """Return the chat template with the wording of step 1's prompt.
 
     `use` is "serving", or what --loss-on says for training. A space before the last character
@@ -399,38 +587,75 @@ def make_template(
     return template
 
 
-def find_model(args):
+def find_model(args: argparse.Namespace) -> tuple[Path, str | None]:
     """Return (folder, commit) of --model: a local folder (commit None), or a downloaded hub id."""
+    from huggingface_hub import constants, errors, snapshot_download
+
     folder = Path(args.model).expanduser()
     if folder.is_dir():
+        if args.revision:
+            fail(f"--revision is for models on the hub, but --model {folder} is a local folder")
         return folder, None
+    page = f"https://huggingface.co/{args.model}"
     files = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
     try:
         folder = Path(snapshot_download(args.model, revision=args.revision, allow_patterns=files))
-    except (OSError, HTTPError, ValueError) as error:
-        fail(f"--model {args.model}, which is no folder, from the hub: ", error)
+    except errors.GatedRepoError as error:
+        said = f" (the hub says: {describe(error.server_message)})" if error.server_message else ""
+        fail(
+            f"access to --model {args.model} is restricted. Open the model's page {page}, accept "
+            f"the license, run `hf auth login`, and run this command again{said}"
+        )
+    except errors.RepositoryNotFoundError:
+        fail(
+            f"--model {args.model} is neither a local folder nor a model on the hub. Check the "
+            "name; for a private model, run `hf auth login` first"
+        )
+    except errors.RevisionNotFoundError:
+        fail(f"--revision {args.revision} does not exist; see {page}/tree/main for those that do")
+    except errors.LocalEntryNotFoundError:
+        reason = "the hub cannot be reached. Check the network connection"
+        if constants.HF_HUB_OFFLINE:
+            reason = "HF_HUB_OFFLINE=1 forbids downloads. Set HF_HUB_OFFLINE=0"
+        fail(f"--model {args.model} is not on this machine, and {reason}, or pass a local folder")
+    except errors.HFValidationError:
+        fail(f"--model {args.model} is neither a local folder nor a valid hub id")
+    except (OSError, errors.HTTPError) as error:
+        fail(f"--model {args.model} cannot be downloaded from the hub: {describe(error)}")
     return folder, folder.name
 
 
-def load_model(folder, dtype, in_4bit=False):
+def load_model(
+    folder: Path, dtype: torch.dtype, in_4bit: bool = False
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Return (model, tokenizer) of a folder, from safetensors, with sdpa attention."""
+    import transformers
+
+    if (folder / "adapter_config.json").is_file():
+        fail(f"{folder} is a LoRA adapter; pass its base model as --model")
     options = {"dtype": dtype, "attn_implementation": "sdpa", "use_safetensors": True}
     if in_4bit:
-        options["device_map"] = {"": int(os.environ.get("LOCAL_RANK", 0))}
+        options["device_map"] = {"": local_rank()}
         options["quantization_config"] = transformers.BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
         )
     try:
+        model_type = transformers.AutoConfig.from_pretrained(folder).model_type
+        if model_type != "gemma3_text":
+            fail(f"{folder} has model type {model_type}; only Gemma 3 text models are supported")
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
         model = transformers.AutoModelForCausalLM.from_pretrained(folder, **options)
     except (OSError, ValueError, ImportError, RuntimeError) as error:
-        fail(f"{folder} cannot be loaded: ", error)
-    if model.config.model_type != "gemma3_text" or (folder / "adapter_config.json").is_file():
-        fail(f"{folder} is {model.config.model_type} or an adapter, no whole Gemma 3 text model")
+        fail(f"{folder} cannot be loaded: {describe(error)}")
     return model, tokenizer
 
 
-def build_datasets(conversations, tokenizer, template, args):
+def build_datasets(
+    conversations: list[list[dict]],
+    tokenizer: PreTrainedTokenizerBase,
+    template: str,
+    args: argparse.Namespace,
+) -> tuple[Dataset, Dataset, int]:
     """Return (training set, validation set, number of conversations left out).
 
     Rows have input_ids and assistant_masks: 1 for each token that carries loss, which in model
@@ -449,236 +674,865 @@ def build_datasets(conversations, tokenizer, template, args):
             mask = [1 - is_marked for is_marked in mask]
         return {"input_ids": tokens["input_ids"], "assistant_masks": mask}
 
+    import datasets
+
     dataset = datasets.Dataset.from_dict({"messages": conversations})
     dataset = dataset.map(encode, remove_columns="messages")
     short = dataset.filter(lambda row: len(row["input_ids"]) <= args.max_length)
     if len(short) < 2:
-        fail(f"{len(short)} of {len(dataset)} conversations fit --max-length, of at least 2")
+        fail(
+            f"{len(short)} of {len(dataset)} conversations fit --max-length {args.max_length}, and "
+            "at least 2 are needed. Raise --max-length, or prepare more data"
+        )
     split = short.train_test_split(test_size=args.validation_size, seed=args.seed)
-    num_over = len(split["train"]) % args.conversations_per_step  # whole steps, or one that is not
-    training = split["train"].select(range(len(split["train"]) - num_over or num_over))
-    return training, split["test"], len(dataset) - len(training) - len(split["test"])
+    num_training = len(split["train"])
+    num_extra = num_training % args.conversations_per_step
+    if num_extra < num_training:  # else the set is smaller than one step, and all of it is kept
+        num_training -= num_extra
+    training = split["train"].select(range(num_training))
+    return training, split["test"], len(dataset) - num_training - len(split["test"])
 
 
-def choose_device(dtype=None):
+def choose_device(dtype: str | None = None) -> tuple[str, torch.dtype]:
     """Return (device, torch dtype of the base model): `dtype`, or bfloat16 where it is fast."""
-    device = "mps" if torch.backends.mps.is_available() else "cpu"
-    has_bf16 = device == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16", False)
+    import torch
+
     if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-        device, has_bf16 = "cuda", torch.cuda.is_bf16_supported(including_emulation=False)
+        torch.cuda.set_device(local_rank())
+        device = "cuda"
+        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    elif torch.backends.mps.is_available():
+        device = "mps"
+        has_bf16 = False
+    else:
+        device = "cpu"
+        has_bf16 = torch.cpu.get_capabilities().get("avx512_bf16", False)
     return device, getattr(torch, dtype or ("bfloat16" if has_bf16 else "float32"))
 
 
-class LabelledTrainer(SFTTrainer):
-    """Scores labelled positions only, as TRL does on CUDA; elsewhere it scores all of them."""
+# Bytes that the backward pass keeps, for each token, layer and unit of (hidden size, MLP size,
+# attention width). tests/benchmarks/estimate_memory.py measures them.
+ACTIVATION_BYTES = {"bfloat16": (47, 13, 17), "float32": (57, 21, 25)}
+OTHER_BYTES = 2e9  # CUDA itself, the loss, the LoRA weights and their optimizer
+USABLE_SHARE = 0.9  # of the GPU's memory; batches of many lengths leave gaps in the rest
+
+
+def estimate_memory(model: PreTrainedModel, num_tokens: int, checkpointing: bool) -> float:
+    """Estimate the peak memory of training on batches of `num_tokens`, padding included, in bytes.
+
+    With activation checkpointing, only the input of each layer is kept, and one layer at a time
+    is computed again.
+    """
+    config = model.config
+    dtype = str(model.dtype).removeprefix("torch.")
+    per_hidden, per_mlp, per_attention = ACTIVATION_BYTES[dtype]
+    layer = num_tokens * (
+        per_hidden * config.hidden_size
+        + per_mlp * config.intermediate_size
+        + per_attention * config.num_attention_heads * config.head_dim
+    )
+    activations = config.num_hidden_layers * layer
+    if checkpointing:
+        inputs = num_tokens * config.hidden_size * model.dtype.itemsize
+        activations = config.num_hidden_layers * inputs + layer
+    return model.get_memory_footprint() + activations + OTHER_BYTES
+
+
+def needs_checkpointing(model: PreTrainedModel, num_tokens: int) -> bool:
+    """Whether the GPU of this process is too small to keep the activations of `num_tokens`."""
+    import torch
+
+    memory = torch.cuda.get_device_properties(local_rank()).total_memory
+    return estimate_memory(model, num_tokens, checkpointing=False) > USABLE_SHARE * memory
+
+
+class LabelledTrainer:
+    """Computes the loss at labeled positions only; off CUDA, TRL computes logits at all of them.
+
+    This class and the callbacks below get their base classes in build_trainer, because importing
+    those takes seconds.
+    """
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        from torch.nn.functional import cross_entropy
+
         labels = inputs["labels"][:, 1:]
         positions = (labels != -100).any(dim=0).nonzero()[:, 0]
         inputs = {key: inputs[key] for key in ("input_ids", "attention_mask")}
         logits = model(**inputs, logits_to_keep=positions, use_cache=False).logits.flatten(0, 1)
         labels = labels[:, positions].flatten()
-        loss = torch.nn.functional.cross_entropy(logits.float(), labels, reduction="sum")
+        loss = cross_entropy(logits.float(), labels, reduction="sum")
         if num_items_in_batch is None:
             return loss / (labels != -100).sum()
         return loss * self.accelerator.num_processes / num_items_in_batch  # labels of all processes
 
 
-class StopOnNaN(transformers.TrainerCallback):
-    """Ends the run when a loss or the norm of the gradients is no number."""
+class StopOnNaN:
+    """Ends the run when a loss or the norm of the gradients is not a number."""
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        for name in ("loss", "grad_norm", "eval_loss"):
-            if not math.isfinite(logs.get(name, 0.0)):
-                at = f"{name} is {logs[name]} at step {state.global_step}"
-                fail(f"{at}: start anew with a lower --learning-rate")
+        names = {"loss": "loss", "grad_norm": "gradient norm", "eval_loss": "validation loss"}
+        for key, name in names.items():
+            if not math.isfinite(logs.get(key, 0.0)):
+                fail(
+                    f"training diverged ({name} is {logs[key]} at step {state.global_step}). "
+                    "Restart with --overwrite and a lower --learning-rate"
+                )
 
 
-def build_trainer(model, tokenizer, training, validation, args, checkpoint_dir, device):
-    """Build TRL's trainer of the recipe, with two validations and checkpoints or more."""
+class ReportProgress:
+    """Adds the seconds so far to the log, earlier parts of a resumed run included.
+
+    Outside a terminal, where there is no progress bar, it prints a line at each validation and
+    otherwise once a minute.
+    """
+
+    seconds_before = 0.0
+    first_step = 0
+
+    def on_init_end(self, args, state, control, **kwargs):
+        self.start = time.monotonic()
+        self.last_line = self.start
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        earlier = [entry["seconds"] for entry in state.log_history if "seconds" in entry]
+        self.seconds_before = earlier[-1] if earlier else 0.0
+        self.first_step = state.global_step
+        self.start = time.monotonic()
+        self.last_line = self.start
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        now = time.monotonic()
+        seconds = now - self.start
+        state.log_history[-1]["seconds"] = round(self.seconds_before + seconds, 2)
+        name = "validation loss" if "eval_loss" in logs else "loss"
+        loss = logs.get("eval_loss", logs.get("loss"))
+        is_due = "eval_loss" in logs or now - self.last_line >= 60
+        if not args.disable_tqdm or not state.is_world_process_zero or loss is None or not is_due:
+            return
+        self.last_line = now
+        seconds_per_step = seconds / max(1, state.global_step - self.first_step)
+        seconds_left = seconds_per_step * (state.max_steps - state.global_step)
+        steps = f"{state.global_step:,} of {state.max_steps:,}"
+        print(f"Step        {steps}, {name} {loss:.4f}, {seconds_left:,.0f} s left", flush=True)
+
+
+def with_base(mixin: type, base: type) -> type:
+    return type(mixin.__name__, (mixin, base), {})
+
+
+def make_config(
+    args: argparse.Namespace,
+    device: str,
+    is_bf16: bool,
+    batch_size: int,
+    num_accumulated: int,
+    checkpointing: bool,
+    checkpoint_dir: Path,
+) -> SFTConfig:
+    """The recipe, with at least two validations and checkpoints, in TRL's terms."""
+    from trl import SFTConfig
+
+    interval = 1 / max(2, round(2 * args.epochs))  # a share of all steps
+    return SFTConfig(
+        # Recipe: conversations are not cut (max_length), and the warm-up is a share of all steps
+        num_train_epochs=args.epochs,
+        max_steps=args.max_steps or -1,
+        learning_rate=args.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=0.1,
+        weight_decay=0.1,
+        max_length=None,
+        seed=args.seed,
+        # Hardware
+        use_cpu=device == "cpu",
+        bf16=is_bf16,
+        per_device_train_batch_size=batch_size,
+        gradient_accumulation_steps=num_accumulated,
+        per_device_eval_batch_size=CUDA_VALIDATION_BATCH if device == "cuda" else 1,
+        activation_checkpointing=checkpointing,
+        ddp_find_unused_parameters=False,
+        # Checkpoints
+        output_dir=str(checkpoint_dir.resolve()),
+        eval_strategy="steps",
+        eval_steps=interval,
+        save_steps=interval,
+        save_total_limit=2,
+        load_best_model_at_end=True,
+        # Reports: StopOnNaN has to see a loss that is not a number
+        logging_steps=0.01,
+        logging_nan_inf_filter=False,
+        report_to=args.report_to,
+        disable_tqdm=not sys.stderr.isatty(),
+    )
+
+
+# Conversations that are validated at once on CUDA, where one at a time would leave the GPU idle
+CUDA_VALIDATION_BATCH = 8
+
+
+def build_trainer(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    training: Dataset,
+    validation: Dataset,
+    args: argparse.Namespace,
+    checkpoint_dir: Path,
+    device: str,
+) -> SFTTrainer:
+    """Build TRL's trainer for the recipe and the hardware."""
+    import torch
+    import transformers
+    from peft import LoraConfig
+    from trl import SFTTrainer
+
     num_processes = int(os.environ.get("WORLD_SIZE", 1))
     share = args.conversations_per_step // num_processes
     batch_size = args.batch_size or (share if device == "cuda" else 1)
     if not share or args.conversations_per_step % (batch_size * num_processes):
-        fail("--conversations-per-step must be a multiple of --batch-size times the processes")
-    checkpointing = args.activation_checkpointing
-    if checkpointing is None and device == "cuda":
-        checkpointing = torch.cuda.get_device_properties(0).total_memory < 40e9
-    interval = 1 / max(2, round(2 * args.epochs))  # a share of all steps
-    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", f"{args.output_dir}-runs")
-    # fmt: off
-    config = SFTConfig(
-        # Recipe: nothing is cut to a length, and the warm-up is a share of all steps
-        num_train_epochs=args.epochs, max_steps=args.max_steps or -1, seed=args.seed,
-        learning_rate=args.learning_rate, lr_scheduler_type="cosine", warmup_steps=0.1,
-        weight_decay=0.1, max_length=None,
-        # Hardware
-        per_device_train_batch_size=batch_size, per_device_eval_batch_size=1,
-        gradient_accumulation_steps=share // batch_size, use_cpu=device == "cpu",
-        bf16=model.dtype == torch.bfloat16, activation_checkpointing=bool(checkpointing),
-        ddp_find_unused_parameters=False,
-        # Checkpoints
-        output_dir=str(checkpoint_dir.resolve()), eval_strategy="steps", eval_steps=interval,
-        save_steps=interval, save_total_limit=2, load_best_model_at_end=True,
-        # Reports: a loss that is no number must be seen
-        logging_steps=0.01, logging_nan_inf_filter=False, report_to=args.report_to,
-        disable_tqdm=not sys.stderr.isatty(),
+        fail(
+            f"--conversations-per-step {args.conversations_per_step} must be a multiple of "
+            f"--batch-size {batch_size} times the number of processes, {num_processes}"
+        )
+    checkpointing = bool(args.activation_checkpointing)
+    if args.activation_checkpointing is None and device == "cuda":
+        longest = max(len(ids) for ids in training["input_ids"])
+        checkpointing = needs_checkpointing(model, batch_size * longest)
+    # The backward pass of cuDNN's attention gives NaN in padded bf16 batches (pytorch#196678).
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(args.tracker_dir))
+    is_bf16 = model.dtype == torch.bfloat16
+    num_accumulated = share // batch_size
+    lora = LoraConfig(
+        r=args.lora_rank,
+        lora_alpha=args.lora_alpha,
+        lora_dropout=args.lora_dropout,
+        target_modules=LORA_TARGETS,
+        task_type="CAUSAL_LM",
     )
-    # fmt: on
-    size = {"r": args.lora_rank, "lora_alpha": args.lora_alpha, "lora_dropout": args.lora_dropout}
-    lora = LoraConfig(**size, target_modules=LORA_TARGETS, task_type="CAUSAL_LM")
-    data = {"train_dataset": training, "eval_dataset": validation, "processing_class": tokenizer}
-    trainer_class = SFTTrainer if device == "cuda" else LabelledTrainer
-    trainer = trainer_class(model, config, peft_config=lora, callbacks=[StopOnNaN()], **data)
+    is_labelled = device != "cuda" and args.loss_on == "model-turns"
+    trainer_class = with_base(LabelledTrainer, SFTTrainer) if is_labelled else SFTTrainer
+    callbacks = [with_base(StopOnNaN, transformers.TrainerCallback)()]
+    callbacks.append(with_base(ReportProgress, transformers.TrainerCallback)())
+    trainer = trainer_class(
+        model,
+        make_config(
+            args, device, is_bf16, batch_size, num_accumulated, checkpointing, checkpoint_dir
+        ),
+        train_dataset=training,
+        eval_dataset=validation,
+        processing_class=tokenizer,
+        peft_config=lora,
+        callbacks=callbacks,
+    )
+    trainer.remove_callback(transformers.PrinterCallback)  # ReportProgress prints fewer lines
     for parameter in trainer.model.parameters():
         if parameter.requires_grad:  # TRL makes the adapter of a 4-bit model bf16
             parameter.data = parameter.data.float()
     return trainer
 
 
-def find_last_checkpoint(checkpoint_dir):
-    """The newest whole checkpoint, or None: the Trainer writes trainer_state.json last."""
+def find_last_checkpoint(checkpoint_dir: Path) -> Path | None:
+    """The newest complete checkpoint: the Trainer writes trainer_state.json last."""
     states = checkpoint_dir.glob("checkpoint-*/trainer_state.json")
-    whole = [path.parent for path in states if path.stat().st_size]
-    return max(whole, key=lambda path: int(path.name.split("-")[1]), default=None)
+    complete = [path.parent for path in states if path.stat().st_size]
+    return max(complete, key=lambda path: int(path.name.split("-")[1]), default=None)
 
 
-def check_earlier_run(args, run, path):
-    """Stop before the run that `path` describes, unless it is to be replaced or to go on."""
-    if path.is_file() and args.resume:
-        before = json.loads(path.read_text(encoding="utf-8"))
-        changes = [f"{k} was {before.get(k)}, is {run[k]}" for k in run if before.get(k) != run[k]]
-        if changes:
-            fail(f"{path.parent} is of another run ({'; '.join(changes)}); --overwrite replaces it")
-    elif path.is_file() and not args.overwrite:
-        fail(f"{path.parent} holds a run: --resume goes on with it, --overwrite replaces it")
+def train(trainer: SFTTrainer, checkpoint: Path | None) -> None:
+    """Train from a checkpoint, or from the start, and end with the best weights on validation."""
+    from transformers import TrainerState
+
+    if checkpoint is None:
+        trainer.train()
+        return
+    state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+    if state.global_step < state.max_steps:
+        trainer.train(resume_from_checkpoint=str(checkpoint))
+        return
+    # All steps are done, and trainer.train() would do one more.
+    best = checkpoint.with_name(f"checkpoint-{state.best_global_step}")
+    trainer.state = state
+    trainer.model.load_adapter(str(best), trainer.model.active_adapter)
 
 
-def plot_losses(history, path, title):
-    """Draw the training and the validation loss over the optimizer steps."""
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.subplots()
-    for key, label, style in (("loss", "training", "C0-"), ("eval_loss", "validation", "C1o-")):
-        points = [(entry["step"], entry[key]) for entry in history if key in entry]
-        axes.plot(*zip(*points, strict=True), style, label=label)
-    axes.set(title=title, xlabel="optimizer step", ylabel="loss (nats per token)")
-    axes.legend()
-    figure.savefig(path, dpi=150)
+# The arguments that a result depends on. A run can be resumed with the same values only.
+RECIPE = [
+    "epochs",
+    "conversations_per_step",
+    "learning_rate",
+    "lora_rank",
+    "lora_alpha",
+    "lora_dropout",
+    "loss_on",
+    "max_length",
+    "validation_size",
+    "seed",
+    "load_in_4bit",
+    "max_steps",
+]
 
 
-def write_results(trainer, tokenizer, model_dir, template, args, run):
-    """Write all that is needed beside the base model; training_run.json marks the end."""
-    state, history, folder = trainer.state, trainer.state.log_history, args.output_dir
-    lora = trainer.model.peft_config["default"]
-    (folder / "training_run.json").unlink(missing_ok=True)
-    lora.base_model_name_or_path, lora.revision = args.model, run["commit"]
-    trainer.model.save_pretrained(folder, save_embedding_layers=False)
-    for path in model_dir.glob("*token*"):  # the base model's tokenizer, but for its template
-        shutil.copyfile(path, folder / path.name)
-    (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
-    config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
-    config = json.dumps({**config, "chat_template": template}, indent=2)
-    (folder / "tokenizer_config.json").write_text(config, encoding="utf-8")
-    ids = {"bos_token_id": tokenizer.bos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    stops = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<end_of_turn>")]
-    transformers.GenerationConfig(eos_token_id=stops, **ids).save_pretrained(folder)
-    plot_losses(history, folder / "loss.png", f"{args.model_name}: LoRA on function calling")
-    base = f"base_model: {args.model}\n" if run["commit"] else ""  # the hub knows hub ids only
-    card = f"---\n{base}library_name: peft\nlicense: gemma\n---\n# {folder.name}\n![](loss.png)\n"
-    (folder / "README.md").write_text(card, encoding="utf-8")
-    training_run = {
-        **run,
-        "model": args.model,
-        "best_step": state.best_global_step,
-        "log_history": history,
-        "versions": {name: version(name) for name in ("torch", "transformers", "trl", "peft")},
-    }
-    (folder / "training_run.json").write_text(json.dumps(training_run, indent=2))
-    print(f"Trained     {state.global_step:,} steps in {history[-1]['train_runtime']:,.0f} s")
-    print(f"Adapter     {folder}/, validation loss {state.best_metric:.4f}")
-
-
-def merge_adapter(model_dir, adapter_dir, merged_dir):
-    """Write base model and adapter as one plain Transformers model, merged and kept in float32."""
-    model, _ = load_model(model_dir, torch.float32)
-    model = PeftModel.from_pretrained(model, adapter_dir).merge_and_unload()
-    model.generation_config = transformers.GenerationConfig.from_pretrained(adapter_dir)
-    model.save_pretrained(merged_dir)
-    for path in [*adapter_dir.glob("*token*"), adapter_dir / "chat_template.jinja"]:
-        shutil.copyfile(path, merged_dir / path.name)
-    print(f"Merged      {merged_dir}/")
-
-
-def finish(args, model_dir):
-    """Merge and upload a finished adapter where that is asked for, and say what to run next."""
-    if args.merge:
-        merge_adapter(model_dir, args.output_dir, Path(f"{args.output_dir}-merged"))
-    if args.push_to_hub:
-        HfApi().upload_folder(repo_id=args.push_to_hub, folder_path=args.output_dir)
-        print(f"Uploaded    https://huggingface.co/{args.push_to_hub}")
-    test_file = args.train_file.with_name("function_calling_test.jsonl")
-    command = f"--model {args.model} --adapter {args.output_dir} --test-file {test_file}"
-    print(f"Next        python evaluation.py {command}")
-
-
-def main(argv=None):
-    args = parse_args(argv)
-    transformers.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
-    warnings.simplefilter("ignore", FutureWarning)
-    is_main = int(os.environ.get("RANK", 0)) == 0  # torchrun starts several processes
-    conversations, wording = read_split(args.train_file)
-    device, dtype = choose_device(args.dtype)
-    if args.load_in_4bit and device != "cuda":
-        fail(f"--load-in-4bit needs a CUDA GPU, this machine has {device}")
-    model_dir, commit = find_model(args)
-    run = {
+def describe_run(args: argparse.Namespace, commit: str | None, dtype: torch.dtype) -> dict:
+    """All that the adapter depends on."""
+    return {
         "model_name": args.model_name,
         "commit": commit,
         "train_split_sha256": hashlib.sha256(args.train_file.read_bytes()).hexdigest(),
         "dtype": str(dtype).removeprefix("torch."),
         **{name: getattr(args, name) for name in RECIPE},
     }
-    checkpoint_dir = Path(f"{args.output_dir}-checkpoints")
-    begun, finished = checkpoint_dir / "run.json", args.output_dir / "training_run.json"
-    is_begun = begun.is_file()
-    if is_main:
-        check_earlier_run(args, run, begun if is_begun else finished)
-        if args.push_to_hub:  # before hours are spent
-            HfApi().create_repo(args.push_to_hub, private=True, exist_ok=True)
-    if args.resume and finished.is_file() and not is_begun:
-        return finish(args, model_dir) if is_main else None
 
-    model, tokenizer = load_model(model_dir, dtype, args.load_in_4bit)
-    template = make_template(wording, tokenizer, args.loss_on)
-    serving_template = make_template(wording, tokenizer, "serving")
-    training, validation, left_out = build_datasets(conversations, tokenizer, template, args)
-    trainer = build_trainer(model, tokenizer, training, validation, args, checkpoint_dir, device)
-    checkpoint = find_last_checkpoint(checkpoint_dir) if args.resume and is_begun else None
-    if is_main:
-        args.output_dir.mkdir(parents=True, exist_ok=True)  # what cannot be is found before hours
-        if not (is_begun and args.resume):
-            for old in checkpoint_dir.glob("checkpoint-*"):
-                shutil.rmtree(old)
-            begun.write_text(json.dumps(run, indent=2), encoding="utf-8")
-        print(f"Model       {args.model}, {run['dtype']} on {device}, {checkpoint or 'step 0'}")
-        print(f"Data        {len(training)} + {len(validation)} to validate, {left_out} left out")
-    trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
-    if is_main:
-        write_results(trainer, tokenizer, model_dir, serving_template, args, run)
-        begun.unlink()  # before what it describes: a kill in between leaves a finished run
-        shutil.rmtree(checkpoint_dir)
-        finish(args, model_dir)
+
+def describe_change(name: str, before: object, now: object) -> str:
+    """How a setting of an earlier run differs from that of this one, in words."""
+    if name == "train_split_sha256":
+        return "another train split"
+    if name == "commit":
+        return f"--revision {before}, not {now}" if before else "a local folder as --model"
+    flag = "--model" if name == "model_name" else f"--{name.replace('_', '-')}"
+    if before in (None, False):
+        return f"no {flag}"
+    if before is True:
+        return flag
+    return f"{flag} {before}, not {now}"
+
+
+def check_earlier_run(args: argparse.Namespace, run: dict) -> None:
+    """Stop unless the folders are free, or hold a run that is to be replaced or continued."""
+    begun = args.checkpoint_dir / "run.json"
+    finished = args.output_dir / "training_run.json"
+    earlier = begun if begun.is_file() else finished
+    if not earlier.is_file():
+        if args.output_dir.is_dir() and any(args.output_dir.iterdir()):
+            fail(
+                f"--output-dir {args.output_dir} contains files that are not from a training run. "
+                "Choose a new folder"
+            )
+    elif args.resume:
+        try:
+            before = json.loads(earlier.read_text(encoding="utf-8"))
+        except ValueError:
+            fail(f"cannot resume: {earlier} is damaged. Use --overwrite to start over")
+        changes = [
+            describe_change(name, before.get(name), value)
+            for name, value in run.items()
+            if before.get(name) != value
+        ]
+        if changes:
+            fail(
+                f"cannot resume: this run was started with {' and '.join(changes)}. "
+                "Use the original flags, or --overwrite to start over"
+            )
+    elif not args.overwrite:
+        state = "an unfinished run" if earlier == begun else "a finished run"
+        fail(
+            f"{args.output_dir} already contains {state}. Use --resume to continue it, --overwrite "
+            "to start over, or another --output-dir"
+        )
+    if args.merge and args.merged_dir.is_dir() and not is_merged_model(args.merged_dir):
+        fail(
+            f"{args.merged_dir} contains files that are not from --merge. Move it away, or choose "
+            "another --output-dir"
+        )
+
+
+def is_merged_model(folder: Path) -> bool:
+    """Whether --merge wrote a folder. It copies training_run.json into it."""
+    return (folder / "training_run.json").is_file()
+
+
+@contextlib.contextmanager
+def lock_run(args: argparse.Namespace) -> Iterator[None]:
+    """Refuse a second process that trains into the same folder.
+
+    The operating system releases the lock of a process that is killed.
+    """
+    import filelock
+
+    args.checkpoint_dir.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(args.checkpoint_dir / "lock")
+    try:
+        lock.acquire(blocking=False)
+    except filelock.Timeout:
+        fail(
+            f"another process is training into {args.output_dir} right now. Wait until it has "
+            "finished, or choose another --output-dir"
+        )
+    try:
+        yield
+    finally:
+        lock.release()
+        (args.checkpoint_dir / "lock").unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # not empty: a run can be resumed from it
+            args.checkpoint_dir.rmdir()
+
+
+def remove_checkpoints(checkpoint_dir: Path) -> None:
+    """Remove run.json first: without it, nothing is resumed from the checkpoints."""
+    (checkpoint_dir / "run.json").unlink(missing_ok=True)
+    (checkpoint_dir / "README.md").unlink(missing_ok=True)  # TRL's model card
+    for checkpoint in checkpoint_dir.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
+
+
+def peak_memory() -> float:
+    """Peak memory of this process in GB: reserved on the GPU, or resident on a CPU."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_reserved() / 1e9
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+def plot_losses(history: list[dict], best_step: int, path: Path, title: str) -> None:
+    """Draw both losses over the optimizer steps, and mark the checkpoint that was kept."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    for key, label, style in (("loss", "training", "C0."), ("eval_loss", "validation", "C1o")):
+        steps = [entry["step"] for entry in history if key in entry]
+        losses = [entry[key] for entry in history if key in entry]
+        axes.plot(steps, losses, f"{style}-", label=label)
+        if key == "eval_loss" and best_step in steps:
+            best = losses[steps.index(best_step)]
+            label = f"saved: step {best_step:,}, {best:.4f}"
+            axes.plot(best_step, best, "C3*", markersize=14, label=label)
+    axes.set(title=title, xlabel="optimizer step", ylabel="loss (nats per token)")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_xlim(left=0)
+    axes.legend()
+    figure.savefig(path, dpi=150)
+
+
+TOKENIZER_FILES = [
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+]
+
+
+def copy_files(names: list[str], source: Path, target: Path) -> None:
+    """Copy those of the named files that exist."""
+    for name in names:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
+
+
+def write_results(
+    trainer: SFTTrainer, model_dir: Path, template: str, args: argparse.Namespace, run: dict
+) -> None:
+    """Write all that is needed in addition to the base model; training_run.json comes last."""
+    from transformers import GenerationConfig
+
+    state = trainer.state
+    tokenizer = trainer.processing_class
+    folder = args.output_dir
+    (folder / "training_run.json").unlink(missing_ok=True)
+    is_hub_model = run["commit"] is not None
+    lora = trainer.model.peft_config["default"]
+    lora.base_model_name_or_path = args.model if is_hub_model else str(model_dir.resolve())
+    lora.revision = run["commit"]
+    trainer.model.save_pretrained(folder, save_embedding_layers=False)
+    (folder / "README.md").unlink(missing_ok=True)  # PEFT's; write_model_card has our own
+
+    copy_files(TOKENIZER_FILES, model_dir, folder)  # the base model's, with another template
+    (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+    config_path = folder / "tokenizer_config.json"
+    config = json.loads(config_path.read_text(encoding="utf-8")) | {"chat_template": template}
+    config_path.write_text(json.dumps(config, indent=2), encoding="utf-8")
+    GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=[tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<end_of_turn>")],
+    ).save_pretrained(folder)
+
+    title = f"{args.model_name}: LoRA on function calling"
+    plot_losses(state.log_history, state.best_global_step, folder / "loss.png", title)
+    training_run = {
+        **run,
+        "model": args.model,
+        "seconds": max(entry.get("seconds", 0.0) for entry in state.log_history),
+        "peak_memory_gb": round(peak_memory(), 2),
+        "best_step": state.best_global_step,
+        "log_history": state.log_history,
+        "versions": {name: version(name) for name in ("torch", "transformers", "trl", "peft")},
+    }
+    (folder / "training_run.json").write_text(json.dumps(training_run, indent=2), encoding="utf-8")
+
+
+def merge_adapter(model_dir: Path, args: argparse.Namespace) -> None:
+    """Write base model and adapter as one plain Transformers model, merged and kept in float32."""
+    import torch
+    from peft import PeftModel
+    from transformers import GenerationConfig
+
+    partial = Path(f"{args.merged_dir}-partial")
+    if partial.exists():
+        shutil.rmtree(partial)
+    model, _ = load_model(model_dir, torch.float32)
+    model = PeftModel.from_pretrained(model, args.output_dir).merge_and_unload()
+    model.generation_config = GenerationConfig.from_pretrained(args.output_dir)
+    model.save_pretrained(partial)
+    others = [*TOKENIZER_FILES, "chat_template.jinja", "training_run.json"]
+    copy_files(others, args.output_dir, partial)
+    if args.merged_dir.exists():
+        shutil.rmtree(args.merged_dir)
+    partial.rename(args.merged_dir)
+    print(f"Merged      {args.merged_dir}/")
+
+
+MODEL_CARD = """\
+---
+{front_matter}
+---
+# {name}
+
+A LoRA adapter that teaches {base} to call functions.
+
+| | |
+|---|---|
+| Base model | {base} |
+| Training data | {source}, {num_conversations} conversations |
+| Recipe | {recipe} |
+| Validation loss | {loss:.4f} nats per token, at step {best_step} of {steps} |
+
+![Training and validation loss](loss.png)
+
+## Scores
+
+{scores}
+
+## Use it in Python
+
+```python
+import json
+import re
+
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+adapter = "{address}"
+tokenizer = AutoTokenizer.from_pretrained(adapter)
+model = AutoModelForCausalLM.from_pretrained(adapter, dtype="auto")
+stops = GenerationConfig.from_pretrained(adapter)
+
+parameters = {{"type": "object", "properties": {{"city": {{"type": "string"}}}}}}
+function = {{"name": "get_weather", "description": "Get the weather", "parameters": parameters}}
+tools = [{{"type": "function", "function": function}}]
+messages = [{{"role": "user", "content": "What is the weather in Oslo?"}}]
+
+options = {{"add_generation_prompt": True, "return_dict": True, "return_tensors": "pt"}}
+inputs = tokenizer.apply_chat_template(messages, tools=tools, **options)
+tokens = model.generate(**inputs, generation_config=stops, max_new_tokens=256, do_sample=False)
+answer = tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+calls = [json.loads(c) for c in re.findall("<tool_call>(.*?)</tool_call>", answer, re.DOTALL)]
+print(calls or answer)
+```
+
+To continue, append the answer and `{{"role": "tool", "content": "<the result>"}}` to `messages`,
+and generate again.
+
+## Serve it with vLLM
+
+```bash
+{download}vllm serve {base} --enable-lora --max-lora-rank {vllm_rank} \\
+    --lora-modules function-calling={address} \\
+    --chat-template {template} \\
+    --enable-auto-tool-choice --tool-call-parser hermes --max-model-len 4096
+```
+
+## License
+
+Gemma is provided under and subject to the [Gemma Terms of Use](https://ai.google.dev/gemma/terms),
+which also apply to this adapter.{data_license}
+"""
+RECIPE_IN_WORDS = (
+    "LoRA of rank {lora_rank}, alpha {lora_alpha}, dropout {lora_dropout} on all seven "
+    "projections; {steps} steps of {conversations_per_step} conversations; AdamW, peak learning "
+    "rate {learning_rate}, 10% warm-up, cosine decay; loss on {loss_on}; {dtype}; seed {seed}"
+)
+ADAPTER_FILES = [
+    "README.md",
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "chat_template.jinja",
+    "generation_config.json",
+    "loss.png",
+    "training_run.json",
+    *TOKENIZER_FILES,
+]
+PUBLISHED_DATA = "NousResearch/hermes-function-calling-v1"
+
+
+def describe_scores(args: argparse.Namespace) -> str:
+    """The scores of these very weights, if evaluation.py has written any."""
+    weights = (args.output_dir / "adapter_model.safetensors").read_bytes()
+    adapter_sha256 = hashlib.sha256(weights).hexdigest()
+    for path in sorted(Path("evaluation_results", args.model_name).glob("*/metrics.json")):
+        metrics = json.loads(path.read_text(encoding="utf-8"))
+        if metrics.get("run", {}).get("adapter_sha256") != adapter_sha256:
+            continue
+        rows = ["| score | value | 95% CI | n |", "|---|---|---|---|"]
+        for name, score in metrics["scores"].items():
+            if score.get("value") is not None:
+                low, high = score["interval"]
+                label = name.replace("_", " ")
+                rows.append(
+                    f"| {label} | {score['value']:.3f} | {low:.3f}, {high:.3f} | {score['n']} |"
+                )
+        return "\n".join(rows)
+    return "Not evaluated yet."
+
+
+def best_loss(training_run: dict) -> float:
+    """The validation loss of the weights that were kept."""
+    history = training_run["log_history"]
+    losses = {entry["step"]: entry["eval_loss"] for entry in history if "eval_loss" in entry}
+    return losses[training_run["best_step"]]
+
+
+def write_model_card(args: argparse.Namespace, training_run: dict) -> None:
+    """Write the model card, unless the folder already has the same text."""
+    from huggingface_hub import ModelCardData
+
+    info = json.loads(args.train_file.with_name("dataset_info.json").read_text(encoding="utf-8"))
+    is_published = info.get("is_published_split", False)
+    is_hub_model = training_run["commit"] is not None
+    front_matter = ModelCardData(
+        base_model=args.model if is_hub_model else None,  # the hub accepts only its own ids
+        datasets=[PUBLISHED_DATA] if is_published else None,
+        library_name="peft",
+        license="gemma",
+        pipeline_tag="text-generation",
+        tags=["lora", "function-calling", "gemma-3"],
+    )
+    source = "local data"
+    if is_published:
+        source = f"[{PUBLISHED_DATA}](https://huggingface.co/datasets/{PUBLISHED_DATA})"
+    address = args.push_to_hub or str(args.output_dir)
+    template = f"{address}/chat_template.jinja"
+    download = ""
+    if args.push_to_hub:
+        template = "chat_template.jinja"
+        download = f"hf download {address} {template} --local-dir .\n"
+    steps = training_run["log_history"][-1]["step"]
+    card = MODEL_CARD.format(
+        front_matter=front_matter.to_yaml(),
+        name=args.output_dir.name,
+        base=args.model,
+        source=source,
+        num_conversations=len(args.train_file.read_bytes().splitlines()),
+        recipe=RECIPE_IN_WORDS.format(**training_run, steps=steps),
+        loss=best_loss(training_run),
+        best_step=training_run["best_step"],
+        steps=steps,
+        scores=describe_scores(args),
+        address=address,
+        download=download,
+        template=template,
+        vllm_rank=max(16, 2 ** math.ceil(math.log2(training_run["lora_rank"]))),
+        data_license=" The training data is licensed under Apache-2.0." if is_published else "",
+    )
+    path = args.output_dir / "README.md"
+    if not path.is_file() or path.read_text(encoding="utf-8") != card:
+        path.write_text(card, encoding="utf-8")
+
+
+def push_adapter(args: argparse.Namespace) -> None:
+    """Upload the files of the adapter by name, so that nothing else in the folder is published."""
+    from huggingface_hub import HfApi
+
+    HfApi().upload_folder(
+        repo_id=args.push_to_hub,
+        folder_path=args.output_dir,
+        allow_patterns=ADAPTER_FILES,
+    )
+    print(f"Uploaded    https://huggingface.co/{args.push_to_hub}")
+
+
+def create_repository(repository: str) -> None:
+    """Create the repository of --push-to-hub now, so that a mistake does not cost a training."""
+    from huggingface_hub import HfApi, errors
+
+    advice = "Check the name, and run `hf auth login` with a token that may write to it"
+    try:
+        HfApi().create_repo(repository, private=True, exist_ok=True)
+    except (errors.HfHubHTTPError, errors.LocalTokenNotFoundError, ValueError) as error:
+        fail(f"--push-to-hub {repository} cannot be created: {describe(error)}. {advice}")
+    except (OSError, errors.HTTPError):
+        fail(
+            f"--push-to-hub {repository}: cannot connect to the hub. Check the network connection, "
+            "or train without --push-to-hub and upload later with --resume --push-to-hub"
+        )
+
+
+def evaluation_command(args: argparse.Namespace, *flags: str) -> str:
+    """The command of step 3, ready to paste, without flags that have their default values."""
+    command = ["python", "evaluation.py", *flags]
+    if args.model != DEFAULT_MODEL:
+        command += ["--model", args.model]
+    is_baseline = "--baseline" in flags
+    if is_baseline and args.revision:
+        command += ["--revision", args.revision]
+    if not is_baseline and args.output_dir != args.default_output_dir:
+        command += ["--adapter", str(args.output_dir)]
+    if args.train_file.parent != DEFAULT_TRAIN_FILE.parent:
+        command += ["--test-file", str(args.train_file.with_name("function_calling_test.jsonl"))]
+    return shlex.join(command)
+
+
+def finish(args: argparse.Namespace, model_dir: Path, is_new: bool) -> None:
+    """Describe, merge and upload a finished adapter as asked, and print the next commands."""
+    training_run = json.loads((args.output_dir / "training_run.json").read_text(encoding="utf-8"))
+    if is_new:
+        steps = training_run["log_history"][-1]["step"]
+        seconds = training_run["seconds"]
+        memory = training_run["peak_memory_gb"]
+        print(f"Trained     {steps:,} steps in {seconds:,.0f} s, peak memory {memory:.1f} GB")
+    else:
+        print("Finished    this run is complete; nothing is left to train")
+    print(f"Adapter     {args.output_dir}/, validation loss {best_loss(training_run):.4f}")
+    if args.merge:
+        merge_adapter(model_dir, args)
+    elif is_new and is_merged_model(args.merged_dir):
+        shutil.rmtree(args.merged_dir)
+        print(f"Removed     {args.merged_dir}/, merged from the adapter of an earlier run")
+    write_model_card(args, training_run)
+    if args.push_to_hub:
+        push_adapter(args)
+    label = "Next        "
+    if not Path("evaluation_results", args.model_name, "base", "metrics.json").is_file():
+        print(f"{label}{evaluation_command(args, '--baseline')}")
+        label = " " * len(label)
+    print(f"{label}{evaluation_command(args)}")
+
+
+def configure_process() -> None:
+    """Hide what libraries print, and let one process without torchrun use one GPU only."""
+    logging.disable(logging.WARNING)
+    warnings.simplefilter("ignore", FutureWarning)
+    if "WORLD_SIZE" not in os.environ:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0")
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[0]
+
+    import datasets
+    import transformers
+
+    transformers.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+
+
+MEMORY_ERRORS = "out of memory|can't allocate memory|not enough memory|ALLOC_FAILED"
+
+
+@contextlib.contextmanager
+def exit_on_error() -> Iterator[None]:
+    """End the program with one line on Ctrl-C and on errors that a user can do something about."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        sys.exit("interrupted: run the same command with --resume to continue")
+    except subprocess.CalledProcessError as error:
+        if "-shared" not in error.cmd:  # else Triton called the C compiler
+            raise
+        fail_without_compiler()
+    except RuntimeError as error:
+        text = describe(error)
+        if "Failed to find C compiler" in text:
+            fail_without_compiler()
+        if re.search(MEMORY_ERRORS, text):
+            fail(
+                f"memory ran out ({textwrap.shorten(text, 150)}). Run the same command with "
+                "--resume --batch-size 1 --activation-checkpointing. If that is not enough, start "
+                "over with --overwrite and a smaller --max-length"
+            )
+        if "inline_container" in text:  # torch.save
+            fail("a checkpoint cannot be written. Free some disk space and continue with --resume")
+        if "installed" in text:  # the package of a tracker or of --load-in-4bit
+            fail(text)
+        raise
+    except Exception as error:
+        from huggingface_hub.errors import HTTPError
+        from safetensors import SafetensorError
+
+        if not isinstance(error, (OSError, ValueError, HTTPError, SafetensorError)):
+            raise
+        fail(describe(error))
+
+
+def fail_without_compiler() -> NoReturn:
+    fail(
+        "Triton, which computes the loss on CUDA, cannot compile. It needs a C compiler and the "
+        "headers of Python: on Debian or Ubuntu, run `apt install gcc python3-dev`, then the same "
+        "command with --resume"
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    """Train the adapter, or continue, or only finish it."""
+    is_main = int(os.environ.get("RANK", 0)) == 0  # torchrun starts several processes
+    conversations, wording = read_split(args.train_file)
+    device, dtype = choose_device(args.dtype)
+    if args.load_in_4bit and device != "cuda":
+        fail(f"--load-in-4bit needs a CUDA GPU, and this machine has none (device: {device})")
+    model_dir, commit = find_model(args)
+    settings = describe_run(args, commit, dtype)
+    begun = args.checkpoint_dir / "run.json"
+    is_begun = begun.is_file()
+    with lock_run(args) if is_main else contextlib.nullcontext():
+        if is_main:
+            check_earlier_run(args, settings)
+            if args.push_to_hub:
+                create_repository(args.push_to_hub)
+        if args.resume and not is_begun and (args.output_dir / "training_run.json").is_file():
+            if is_main:
+                finish(args, model_dir, is_new=False)
+            return
+
+        model, tokenizer = load_model(model_dir, dtype, args.load_in_4bit)
+        template = make_template(wording, tokenizer, args.loss_on)
+        serving_template = make_template(wording, tokenizer, "serving")
+        training, validation, num_dropped = build_datasets(conversations, tokenizer, template, args)
+        trainer = build_trainer(
+            model, tokenizer, training, validation, args, args.checkpoint_dir, device
+        )
+        checkpoint = None
+        if args.resume and is_begun:
+            checkpoint = find_last_checkpoint(args.checkpoint_dir)
+        if is_main:
+            args.output_dir.mkdir(parents=True, exist_ok=True)  # fails now rather than at the end
+            if not (args.resume and is_begun):
+                remove_checkpoints(args.checkpoint_dir)
+                begun.write_text(json.dumps(settings, indent=2), encoding="utf-8")
+            start = f"continues from {checkpoint}" if checkpoint else "starts at step 0"
+            print(f"Model       {args.model}, {settings['dtype']} on {device}, {start}")
+            print(f"Data        {len(training):,} conversations for training, ", end="")
+            print(f"{len(validation):,} for validation, {num_dropped:,} dropped ", end="")
+            print("(too long, or in an incomplete last step)")
+            if args.report_to == "tensorboard":
+                print(f"Tracker     tensorboard --logdir {shlex.quote(str(args.tracker_dir))}")
+        train(trainer, checkpoint)
+        trainer.accelerator.wait_for_everyone()  # every process has read the best checkpoint
+        trainer.accelerator.end_training()
+        if is_main:
+            write_results(trainer, model_dir, serving_template, args, settings)
+            remove_checkpoints(args.checkpoint_dir)
+            finish(args, model_dir, is_new=True)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    with exit_on_error():
+        configure_process()
+        run(args)
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (OSError, ValueError, HTTPError, SafetensorError) as error:
-        fail("", error)
-    except RuntimeError as error:
-        # Memory, the disk or a tracker's package is missing; all else is a bug.
-        if not re.search("of memory|allocate|ALLOC_FAILED|inline_container|installed", str(error)):
-            raise
-        fail("", f"{error}; if memory ran out: --resume --batch-size 1 --activation-checkpointing")
+    main()

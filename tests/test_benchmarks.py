@@ -14,6 +14,7 @@ import prepare_function_calling_dataset as prepare
 
 sys.path.insert(0, str(ROOT / "tests/benchmarks"))
 import ask_with_tools
+import gpu_report
 
 TRAINING = ("bench_training.py", ["--steps", "2"], ["published", "trl", "ours"])
 LITTLE = ["--conversations", "1", "--max-new-tokens", "8"]
@@ -66,3 +67,68 @@ def test_an_openai_client_counts_parsed_calls_and_its_answers_can_be_scored(tmp_
     scored = run_script("evaluation.py", *command, *test_file, cwd=tmp_path)
     metrics = json.loads((next(tmp_path.rglob("metrics.json"))).read_text())
     assert metrics["scores"]["f1"]["value"] == 1 and not scored.returncode
+
+
+REPORT = ROOT / "tests/benchmarks/gpu_report.py"
+
+
+def run_report(*flags):
+    command = [sys.executable, REPORT, "--model-shapes", "tiny", *flags]
+    return subprocess.run(command, capture_output=True, text=True, timeout=1200)
+
+
+@pytest.mark.slow
+def test_the_gpu_report_runs_on_a_cpu():
+    parts = ["machine", "agreement", "longest-batch", "four-bit", "resume", "two-processes"]
+    process = run_report("--only", *parts)
+    assert process.returncode == 0, process.stdout
+    sections = dict(part.split("\n\n", 1) for part in process.stdout.split("\n## ")[1:])
+    rows = {
+        title: [line.strip("| ").split(" | ") for line in text.splitlines() if "| " in line][2:]
+        for title, text in sections.items()
+    }
+    agreement = rows["Loss and gradients against the CPU"]
+    assert len(agreement) == 3  # the reference, the same again, one conversation at a time
+    for _, loss, difference, error, cosine in agreement:
+        assert float(loss) > 1 and float(difference) < 1e-5 and float(error) < 1e-4
+        assert float(cosine) == pytest.approx(1, abs=1e-5)
+    assert [row[:3] for row in rows["Longest batch"]] == [
+        ["tiny", "off", "4 x 32"],
+        ["tiny", "on", "4 x 32"],
+    ]
+    ((_, start, is_same, difference),) = rows["Kill and resume"]
+    assert start.startswith("checkpoint-") and is_same == "yes" and float(difference) == 0
+    assert sections["Four bits"].startswith("Not run: --load-in-4bit needs a CUDA GPU")
+    assert sections["Two processes"].startswith("Not run: it needs two GPUs")
+
+
+@pytest.mark.slow
+def test_a_part_of_the_gpu_report_that_fails_does_not_stop_the_others(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [str(REPORT), "--only", "machine", "two-processes"])
+    monkeypatch.setitem(gpu_report.PARTS, "machine", ("Machine", None))
+    run = subprocess.run
+
+    def fail_first(command, **options):
+        if command[command.index("--part") + 1] == "machine":
+            command = [sys.executable, "-c", "print('half a table'); raise MemoryError('no room')"]
+        return run(command, **options)
+
+    monkeypatch.setattr(gpu_report.subprocess, "run", fail_first)
+    with pytest.raises(SystemExit, match="1 of the parts failed: machine"):
+        gpu_report.main()
+    report = capsys.readouterr().out
+    assert "half a table\n\nFailed (exit status 1): MemoryError: no room" in report
+    assert "Not run: it needs two GPUs" in report
+
+
+def test_the_tables_of_the_memory_estimate_are_printed():
+    script = ROOT / "tests/benchmarks/estimate_memory.py"
+    process = subprocess.run([sys.executable, script], capture_output=True, text=True)
+    rows = [line.strip("| ").split(" | ") for line in process.stdout.splitlines()]
+    assert [row[:2] for row in rows[2:]] == [
+        ["270m", "bfloat16"],
+        ["270m", "float32"],
+        ["1b", "bfloat16"],
+        ["1b", "float32"],
+    ]
+    assert rows[4][2] == "2.0"  # a billion weights of two bytes

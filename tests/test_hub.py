@@ -8,6 +8,7 @@ import huggingface_hub
 import pytest
 from conftest import assert_fails_in_one_line, make_row, run_here, run_script
 from huggingface_hub import constants
+from huggingface_hub.utils import filter_repo_objects
 from servers import COMMIT, Hub
 
 DATASET = ("datasets", "NousResearch/hermes-function-calling-v1")
@@ -76,10 +77,16 @@ def test_nothing_is_uploaded_unasked_and_a_token_is_nowhere_written(hub, run, sp
     command = [TRAIN, "--train-file", splits / "function_calling_train.jsonl", "--max-steps", "2"]
     assert run(*command).returncode == 0
     assert not api.called and {method for method, _ in hub.requests} == {"HEAD", "GET"}
+    (run.work / ADAPTER / "my_token.txt").write_text("a user's own file")
     process = run(*command, "--resume", "--push-to-hub", "me/adapter")
     assert process.returncode == 0, process.stderr
     api().create_repo.assert_called_once_with("me/adapter", private=True, exist_ok=True)
-    api().upload_folder.assert_called_once_with(repo_id="me/adapter", folder_path=Path(ADAPTER))
+    (upload,) = api().upload_folder.call_args_list
+    assert (upload.kwargs["repo_id"], upload.kwargs["folder_path"]) == ("me/adapter", Path(ADAPTER))
+    names = [path.name for path in (run.work / ADAPTER).iterdir()]
+    uploaded = filter_repo_objects(names, allow_patterns=upload.kwargs["allow_patterns"])
+    assert set(names) - set(uploaded) == {"my_token.txt"}
+    assert 'adapter = "me/adapter"' in (run.work / ADAPTER / "README.md").read_text()
     files = [path for path in run.work.rglob("*") if path.is_file()]
     assert files and not any(b"hf_secret" in path.read_bytes() for path in files)
     assert "hf_secret" not in process.stdout + process.stderr
@@ -87,7 +94,7 @@ def test_nothing_is_uploaded_unasked_and_a_token_is_nowhere_written(hub, run, sp
 
 SCRIPTS = [
     pytest.param(PREPARE, DATASET, "--dataset", "Couldn't reach", marks=pytest.mark.slow),
-    (TRAIN, MODEL, "--model", "HF_HUB_OFFLINE=0"),
+    (TRAIN, MODEL, "--model", "Set HF_HUB_OFFLINE=0"),
 ]
 
 
@@ -97,16 +104,25 @@ def test_gated_absent_and_offline_are_one_line_each_that_says_what_to_do(
 ):
     split = splits / "function_calling_train.jsonl"
     command = [script, "--train-file", split] if script == TRAIN else [script]
-    assert_fails_in_one_line(run(*command, what, "nobody/nothing"), "nobody/nothing")
+    absent = run(*command, what, "nobody/nothing")
+    assert_fails_in_one_line(absent, "nobody/nothing")
+    if script == TRAIN:
+        assert_fails_in_one_line(absent, "neither a local folder nor a model on the hub")
+        missing = run(*command, what, "./no/such/folder")
+        assert_fails_in_one_line(missing, "neither a local folder nor a valid hub id")
     assert_fails_in_one_line(run(*command, "--revision", "v9"), "v9")
     assert_fails_in_one_line(run(*command, offline="1"), no_network)
     hub.gated.add(repo)
-    assert_fails_in_one_line(run(*command), repo[1], "ask for access", "https://")
+    gated = run(*command)
+    assert_fails_in_one_line(gated, repo[1], "ask for access", "https://")
+    if script == TRAIN:
+        page = f"Open the model's page https://huggingface.co/{repo[1]}, accept the license"
+        assert_fails_in_one_line(gated, page, "run `hf auth login`", "run this command again")
     hub.url = "http://127.0.0.1:9"  # where nobody listens
-    assert_fails_in_one_line(run(*command), "onnect" if script == TRAIN else no_network)
+    assert_fails_in_one_line(run(*command), "network connection" if script == TRAIN else no_network)
     if script == TRAIN:
         upload = run(*command, what, tiny_model, "--push-to-hub", "me/adapter")
-        assert_fails_in_one_line(upload, "onnect")
+        assert_fails_in_one_line(upload, "cannot connect to the hub", "--push-to-hub me/adapter")
     assert not list(run.work.iterdir())
 
 

@@ -1,21 +1,38 @@
 """Step 2: what carries loss, what moves, what is written, and how runs end, resume and fail."""
 
+import errno
+import hashlib
 import itertools
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import ROOT, assert_fails_in_one_line, run_here
+from datasets import Dataset
+from huggingface_hub import ModelCard
+from matplotlib.figure import Figure
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma3ForCausalLM, Gemma3TextConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    training_args,
+)
 from trl import SFTTrainer
 
 import function_calling_train as train
+
+sys.path.insert(0, str(ROOT / "tests/benchmarks"))
+import estimate_memory
+import workload
 
 SCRIPT = "function_calling_train.py"
 WEIGHTS = "adapter_model.safetensors"
@@ -150,6 +167,7 @@ def test_the_adapter_folder_is_all_that_is_needed_beside_the_base_and_no_pickle(
             assert (folder / name).read_bytes() == (tiny_model / name).read_bytes()
     config = json.loads((finished.adapter / "adapter_config.json").read_text())
     assert (config["base_model_name_or_path"], config["revision"]) == (str(tiny_model), None)
+    assert tiny_model.is_absolute()
     run = json.loads((finished.adapter / "training_run.json").read_text())
     losses = {e["step"]: e["eval_loss"] for e in run["log_history"] if "eval_loss" in e}
     assert list(losses) == [3, 6, 9, 12]  # twice an epoch
@@ -218,10 +236,11 @@ def test_killed_and_resumed_the_adapter_is_bit_for_bit_the_undisturbed_one(
     assert_fails_in_one_line(run_here(SCRIPT, *command, cwd=tmp_path), "--resume", "--overwrite")
     other = ["--seed", "3", "--lora-rank", "4"]
     refused = run_here(SCRIPT, *command, "--resume", *other, cwd=tmp_path)
-    assert_fails_in_one_line(refused, "seed was 42, is 3", "lora_rank was 16, is 4")
+    assert_fails_in_one_line(refused, "--seed 42, not 3", "--lora-rank 16, not 4", "--overwrite")
 
     process = run_here(SCRIPT, *command, "--resume", cwd=tmp_path)
     assert process.returncode == 0 and "checkpoint-6\n" in process.stdout, process.stderr
+    assert not process.stderr
     assert (tmp_path / "run" / WEIGHTS).read_bytes() == (finished.adapter / WEIGHTS).read_bytes()
     assert not checkpoints.exists()
 
@@ -232,9 +251,10 @@ def test_a_finished_run_is_not_replaced_unasked_and_resume_only_merges(tiny_mode
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").iterdir()}
     assert_fails_in_one_line(run_here(SCRIPT, *command, cwd=tmp_path), "--resume", "--overwrite")
     refused = run_here(SCRIPT, *command, "--resume", "--epochs", "3", cwd=tmp_path)
-    assert_fails_in_one_line(refused, "epochs was 2.0, is 3.0")
+    assert_fails_in_one_line(refused, "--epochs 2.0, not 3.0", "--overwrite")
     process = run_here(SCRIPT, *command, "--resume", "--merge", cwd=tmp_path)
     assert process.returncode == 0 and "Trained" not in process.stdout, process.stderr
+    assert process.stdout.startswith("Finished    this run is complete")
     assert (tmp_path / "run-merged/model.safetensors").is_file()
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").iterdir()} == before
 
@@ -252,35 +272,64 @@ def test_a_loss_that_is_no_number_stops_the_run_with_its_step(
         return loss * float("nan") if trainer.state.global_step >= 4 else loss
 
     monkeypatch.setattr(train.LabelledTrainer, "compute_loss", break_down)
-    with pytest.raises(SystemExit, match="^error: loss is nan at step 5: start anew"):
+    with pytest.raises(
+        SystemExit, match=r"^error: training diverged \(loss is nan at step 5\)\. Restart"
+    ):
         train.main([*command, str(tmp_path / "other")])
 
 
-MEMORY = [
-    torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB"),
-    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate(handle)"),
+FULL = "CUDA out of memory.\nTried to allocate 2 GiB"
+CUBLAS = "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate(handle)"
+MEMORY_ADVICE = ["--resume", "--batch-size 1", "--activation-checkpointing"]
+COMPILER = ["C compiler", "apt install gcc python3-dev", "--resume"]
+COMPILE = ["/usr/bin/gcc", "/tmp/x/cuda_utils.c", "-O3", "-shared", "-fPIC", "-o", "/tmp/x/cuda.so"]
+FAILURES = [
+    (torch.OutOfMemoryError(FULL), ["memory ran out", *MEMORY_ADVICE]),
+    (RuntimeError(CUBLAS), ["memory ran out", *MEMORY_ADVICE]),
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), MEMORY_ADVICE),
+    # As triton/runtime/build.py raises them, without a compiler and without Python.h
+    (RuntimeError("Failed to find C compiler. Please specify via CC environment"), COMPILER),
+    (subprocess.CalledProcessError(1, COMPILE), COMPILER),
+    (RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64"), ["disk space"]),
+    (OSError(errno.ENOSPC, "No space left on device", "run/x"), ["run/x: No space left on device"]),
 ]
 
 
-def test_out_of_memory_is_one_line_that_names_flags_and_other_errors_are_not_swallowed(
+def raise_in_training(patch, error):
+    def fail(*args, **options):
+        raise error
+
+    patch.setattr(SFTTrainer, "train", fail)
+
+
+@pytest.mark.parametrize("error, words", FAILURES)
+def test_what_a_machine_lacks_is_one_line_with_its_own_advice(
+    error, words, tiny_model, flags, tmp_path, monkeypatch
+):
+    raise_in_training(monkeypatch, error)
+    process = run_here(SCRIPT, *flags, "--model", tiny_model, "--output-dir", "run", cwd=tmp_path)
+    assert_fails_in_one_line(process, *words)
+    assert ("memory" in process.stderr) == (MEMORY_ADVICE[1] in words)
+    assert "Errno" not in process.stderr and "Error" not in process.stderr.replace(FULL, "")
+
+
+def test_a_bug_keeps_its_traceback_and_the_advice_for_memory_works(
     tiny_model, flags, tmp_path, monkeypatch
 ):
     command = [*flags, "--model", tiny_model, "--max-steps", "1"]
-    advice = ["--resume", "--batch-size 1", "--activation-checkpointing"]
-
-    def fail(*args, **options):
-        raise errors.pop()
-
     with monkeypatch.context() as patch:
-        patch.setattr(SFTTrainer, "train", fail)
-        errors = [RuntimeError("shapes do not match"), *MEMORY]
-        for _ in MEMORY:
-            process = run_here(SCRIPT, *command, "--overwrite", cwd=tmp_path)
-            assert_fails_in_one_line(process, *advice)
+        raise_in_training(patch, RuntimeError("shapes do not match"))
         with pytest.raises(RuntimeError, match="shapes do not match"):
-            run_here(SCRIPT, *command, "--overwrite", cwd=tmp_path)
-    command += " ".join(advice).split()  # what the line advises works
+            run_here(SCRIPT, *command, cwd=tmp_path)
+    command += " ".join(MEMORY_ADVICE).split()
     assert run_here(SCRIPT, *command, cwd=tmp_path).returncode == 0
+
+
+def test_ctrl_c_is_one_line_that_says_how_to_continue(tiny_model, flags, tmp_path, monkeypatch):
+    raise_in_training(monkeypatch, KeyboardInterrupt())
+    process = run_here(SCRIPT, *flags, "--model", tiny_model, cwd=tmp_path)
+    assert process.returncode == 1
+    assert process.stderr.startswith("interrupted: ") and "--resume" in process.stderr
 
 
 def losses_of(folder):
@@ -295,6 +344,7 @@ def test_two_processes_give_the_losses_of_one(tiny_model, flags, tmp_path):
     launch += [ROOT / SCRIPT, *command, "two"]
     two = subprocess.run(launch, cwd=tmp_path, capture_output=True, text=True)
     assert two.returncode == 0 and two.stdout.count("Trained ") == 1, two.stderr
+    assert "destroy_process_group" not in two.stderr  # PyTorch's warning when it is left open
     one = run_here(SCRIPT, *command, "one", cwd=tmp_path)
     assert one.returncode == 0, one.stderr
     losses = losses_of(tmp_path / "one")
@@ -303,6 +353,19 @@ def test_two_processes_give_the_losses_of_one(tiny_model, flags, tmp_path):
 
 
 # ---- Mistakes
+
+
+WRONG_VALUES = [
+    ("--epochs", "0"),
+    ("--epochs", "nan"),
+    ("--max-length", "0"),
+    ("--lora-rank", "-1"),
+    ("--lora-dropout", "1"),
+    ("--validation-size", "0"),
+    ("--validation-size", "2"),
+    ("--learning-rate", "fast"),
+    ("--seed", "-1"),
+]
 
 
 def test_mistakes_end_in_one_line_and_the_corrected_command_just_works(
@@ -316,11 +379,14 @@ def test_mistakes_end_in_one_line_and_the_corrected_command_just_works(
         assert_fails_in_one_line(process, *words)
         assert not [path for path in tmp_path.iterdir() if path.name.startswith("run")]
 
-    assert run_here(SCRIPT, "--epochs", "0", cwd=tmp_path).returncode == 2  # after the usage
+    for flag, value in WRONG_VALUES:
+        process = run_here(SCRIPT, flag, value, cwd=tmp_path)
+        assert process.returncode == 2  # the last line, after the usage, names the flag
+        assert f"error: argument {flag}: " in process.stderr.splitlines()[-1]
     assert_refused("run prepare_function_calling_dataset.py first")  # the scripts in wrong order
     shutil.copytree(splits, split.parent)
     lines = split.read_text()
-    for line in ('{"messages": [', "{}"):
+    for line in ('{"messages": [', "{}", "7"):
         split.write_text(f"{lines}{line}\n")
         assert_refused("function_calling_train.jsonl, line 33")
     split.write_text(lines)
@@ -342,7 +408,357 @@ def test_mistakes_end_in_one_line_and_the_corrected_command_just_works(
     llama = {"model_type": "llama", "rope_parameters": None}
     llama["auto_map"] = {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}
     config.write_text(json.dumps(json.loads(gemma) | llama))
-    assert_refused("llama", "no whole Gemma 3 text model")
+    assert_refused("model type llama", "only Gemma 3 text models")
     config.write_text(gemma)
+    (tmp_path / "tiny-gemma/adapter_config.json").write_text("{}")
+    assert_refused("is a LoRA adapter", "pass its base model as --model")
+    (tmp_path / "tiny-gemma/adapter_config.json").unlink()
+    assert_refused("--revision", "local folder", flags=["--revision", "main"])
     process = run_here(SCRIPT, *command, cwd=tmp_path)
     assert process.returncode == 0, process.stderr
+
+
+# ---- Folders, and runs that are stopped
+
+
+@pytest.mark.parametrize("folder", [".", "notes"])
+def test_a_folder_with_other_files_is_refused_and_left_as_it_is(
+    folder, tiny_model, flags, tmp_path
+):
+    (tmp_path / "notes").mkdir()
+    for path in (tmp_path / "README.md", tmp_path / "notes/todo.txt"):
+        path.write_text("mine")
+    command = [*flags, "--model", tiny_model, "--output-dir", folder, "--overwrite"]
+    assert_fails_in_one_line(run_here(SCRIPT, *command, cwd=tmp_path), "--output-dir")
+    assert {path.name for path in tmp_path.rglob("*")} == {"README.md", "notes", "todo.txt"}
+    assert (tmp_path / "README.md").read_text() == "mine"
+
+
+def test_an_empty_working_directory_can_be_the_output_folder(tiny_model, flags, tmp_path):
+    (tmp_path / "run").mkdir()
+    command = [*flags, "--model", tiny_model, "--max-steps", "1", "--output-dir", "."]
+    process = run_here(SCRIPT, *command, cwd=tmp_path / "run")
+    assert process.returncode == 0, process.stderr
+    assert (tmp_path / "run" / WEIGHTS).is_file()
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_merged_weights_of_an_earlier_adapter_are_removed_or_replaced(tiny_model, flags, tmp_path):
+    command = [*flags, "--model", tiny_model, "--max-steps", "3", "--output-dir", "run"]
+    merged = tmp_path / "run-merged/model.safetensors"
+    assert run_here(SCRIPT, *command, "--merge", cwd=tmp_path).returncode == 0
+    first = merged.read_bytes()
+    again = [*command, "--overwrite", "--seed", "7"]
+    assert run_here(SCRIPT, *again, "--merge", cwd=tmp_path).returncode == 0
+    assert merged.read_bytes() != first
+    process = run_here(SCRIPT, *again, cwd=tmp_path)
+    assert "Removed     run-merged/" in process.stdout and not merged.parent.exists()
+    merged.parent.mkdir()
+    (merged.parent / "mine.txt").write_text("mine")
+    assert run_here(SCRIPT, *again, cwd=tmp_path).returncode == 0
+    refused = run_here(SCRIPT, *again, "--merge", cwd=tmp_path)
+    assert_fails_in_one_line(refused, "run-merged contains files")
+    assert [path.name for path in merged.parent.iterdir()] == ["mine.txt"]
+
+
+STOPPED = """
+import os, signal, sys
+import function_calling_train as train
+
+write_results = train.write_results
+def stop(*args):
+    print("all steps are done", flush=True)
+    os.kill(os.getpid(), signal.SIGSTOP if sys.argv.pop() == "stop" else signal.SIGKILL)
+    write_results(*args)
+
+train.write_results = stop
+train.main(sys.argv[1:-1])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("length", [["--max-steps", "4"], ["--epochs", "0.7"]])
+def test_resumed_after_its_last_step_a_run_does_not_train_one_more(
+    length, tiny_model, flags, tmp_path
+):
+    command = [*flags, "--model", str(tiny_model), *length, "--output-dir"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    killed = [sys.executable, "-c", STOPPED, *command, "run", "kill"]
+    process = subprocess.run(killed, cwd=tmp_path, env=environment, capture_output=True)
+    assert process.returncode == -9, process.stderr
+    checkpoints = sorted((tmp_path / "run-checkpoints").glob("checkpoint-*"))
+    state = json.loads((checkpoints[-1] / "trainer_state.json").read_text())
+    assert state["global_step"] == state["max_steps"]
+    process = run_here(SCRIPT, *command, "run", "--resume", cwd=tmp_path)
+    assert process.returncode == 0, process.stderr
+    assert run_here(SCRIPT, *command, "other", cwd=tmp_path).returncode == 0
+    runs = [json.loads((tmp_path / x / "training_run.json").read_text()) for x in ("run", "other")]
+    steps = [max(entry["step"] for entry in run["log_history"]) for run in runs]
+    assert steps == [state["max_steps"]] * 2
+    weights = [(tmp_path / x / WEIGHTS).read_bytes() for x in ("run", "other")]
+    assert weights[0] == weights[1]
+
+
+@pytest.mark.slow
+def test_a_second_run_in_the_same_folder_is_refused_while_the_first_one_lives(
+    tiny_model, flags, tmp_path
+):
+    command = [*flags, "--model", str(tiny_model), "--max-steps", "2", "--output-dir", "run"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    first = [sys.executable, "-c", STOPPED, *command, "stop"]
+    streams = {"stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(first, cwd=tmp_path, env=environment, **streams) as process:
+        try:
+            assert any("all steps are done" in line for line in process.stdout)
+            for flag in ("--resume", "--overwrite"):
+                second = run_here(SCRIPT, *command, flag, cwd=tmp_path)
+                assert_fails_in_one_line(second, "another process is training into run")
+        finally:
+            process.kill()  # SIGKILL: the process cannot clean up
+    resumed = run_here(SCRIPT, *command, "--resume", cwd=tmp_path)
+    assert resumed.returncode == 0, resumed.stderr
+    assert not (tmp_path / "run-checkpoints").exists()
+
+
+def test_the_time_of_a_resumed_run_includes_the_part_before(build):
+    trainer, _ = build()
+    progress = next(
+        callback
+        for callback in trainer.callback_handler.callbacks
+        if isinstance(callback, train.ReportProgress)
+    )
+    trainer.state.log_history = [{"loss": 1.0, "step": 1, "seconds": 100.0}]
+    trainer.callback_handler.on_train_begin(trainer.args, trainer.state, trainer.control)
+    progress.start -= 50.0  # as if 50 seconds had passed
+    trainer.log({"loss": 0.5})
+    assert trainer.state.log_history[-1]["seconds"] == pytest.approx(150.0, abs=5.0)
+
+
+# ---- What a run says
+
+
+def test_the_next_commands_can_be_pasted_and_include_the_baseline_until_it_is_there(
+    tiny_model, splits, tmp_path
+):
+    data = shutil.copytree(splits, tmp_path / "my data")
+    shutil.copytree(tiny_model, tmp_path / "tiny model")
+    split = data / "function_calling_train.jsonl"
+    command = ["--model", "tiny model", "--train-file", split.relative_to(tmp_path)]
+    command += ["--max-steps", "1", "--output-dir", "my run"]
+    process = run_here(SCRIPT, *command, cwd=tmp_path)
+    common = "python evaluation.py --model 'tiny model'"
+    test = "--test-file 'my data/function_calling_test.jsonl'"
+    tuned = f"{common} --adapter 'my run' {test}"
+    baseline = f"python evaluation.py --baseline --model 'tiny model' {test}"
+    assert process.stdout.endswith(f"Next        {baseline}\n            {tuned}\n")
+    results = tmp_path / "evaluation_results/tiny model/base"
+    results.mkdir(parents=True)
+    (results / "metrics.json").write_text("{}")
+    process = run_here(SCRIPT, *command, "--resume", cwd=tmp_path)
+    assert process.stdout.endswith(f"Next        {tuned}\n") and "baseline" not in process.stdout
+    args = train.parse_args([])
+    assert train.evaluation_command(args) == "python evaluation.py"
+    args = train.parse_args(["--revision", "v1"])
+    assert train.evaluation_command(args, "--baseline") == (
+        "python evaluation.py --baseline --revision v1"
+    )
+
+
+def test_progress_outside_a_terminal_is_a_few_lines_with_the_time_left(tiny_model, flags, tmp_path):
+    process = run_here(SCRIPT, *flags, "--model", tiny_model, cwd=tmp_path)
+    lines = [line.split()[0] for line in process.stdout.splitlines()]
+    assert lines == ["Model", "Data", *["Step"] * 4, "Trained", "Adapter", "Next", "python"]
+    number = r"[\d.,]+"
+    assert len(re.findall(f"of 12, validation loss {number}, {number} s left", process.stdout)) == 4
+    assert re.search(f"12 steps in {number} s, peak memory {number} GB", process.stdout)
+    assert "24 conversations for training, 7 for validation, 1 dropped" in process.stdout
+
+
+@pytest.mark.parametrize(
+    "history",
+    [
+        [{"step": 1, "loss": 2.0}, {"step": 1, "eval_loss": 1.9}],
+        [
+            {"step": 1, "loss": 2.0},
+            {"step": 2, "loss": 1.5},
+            {"step": 1, "eval_loss": 1.7},
+            {"step": 2, "eval_loss": 1.9},
+        ],
+    ],
+)
+def test_the_plot_marks_the_saved_checkpoint_and_shows_a_run_of_one_step(history, tmp_path):
+    saved = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Figure, "savefig", lambda figure, *_, **__: saved.append(figure))
+        train.plot_losses(history, 1, tmp_path / "loss.png", "title")
+    lines = {line.get_label(): line for line in saved[0].axes[0].get_lines()}
+    best = history[-1]["eval_loss"] if len(history) == 2 else 1.7
+    star = lines.pop(f"saved: step 1, {best:.4f}")
+    assert (list(star.get_xdata()), list(star.get_ydata())) == ([1], [best])
+    assert list(lines) == ["training", "validation"]
+    assert all(line.get_marker() != "None" for line in lines.values())  # one point is visible
+
+
+def test_the_model_card_is_valid_for_the_hub_and_its_python_runs(finished, flags, capsys):
+    card = (finished.adapter / "README.md").read_text()
+    metadata = ModelCard(card).data
+    assert metadata.license == "gemma" and metadata.library_name == "peft"
+    assert metadata.base_model is None  # a local folder has no hub id
+    assert metadata.datasets is None and "Apache" not in card
+    assert "Not evaluated yet." in card and "vllm serve" in card
+    snippet = re.search("```python\n(.*?)```", card, re.DOTALL)[1]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(finished.adapter.parent)
+        exec(compile(snippet, "README.md", "exec"), {})
+    assert capsys.readouterr().out.strip()
+
+
+def test_the_model_card_of_the_published_data_has_its_license_and_the_scores_of_its_weights(
+    finished, tiny_model, splits, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    data = shutil.copytree(splits, tmp_path / "data")
+    info = json.loads((data / "dataset_info.json").read_text())
+    info["is_published_split"] = True
+    (data / "dataset_info.json").write_text(json.dumps(info))
+    folder = shutil.copytree(finished.adapter, tmp_path / "run")
+    sha256 = hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest()
+    score = {"value": 0.5, "n": 8, "interval": [0.25, 0.75]}
+    unknown = {"value": None, "n": 0, "interval": None}
+    for label, weights in (("other", "0" * 64), ("tuned", sha256)):
+        results = tmp_path / "evaluation_results" / tiny_model.name / label
+        results.mkdir(parents=True)
+        scores = {"function_calling": score | {"n": len(label)}, "valid_call": unknown}
+        metrics = {"run": {"adapter_sha256": weights}, "scores": scores}
+        (results / "metrics.json").write_text(json.dumps(metrics))
+    command = ["--model", str(tiny_model), "--output-dir", "run", "--push-to-hub", "me/adapter"]
+    command += ["--train-file", str(data / "function_calling_train.jsonl")]
+    args = train.parse_args(command)
+    run = json.loads((folder / "training_run.json").read_text())
+    train.write_model_card(args, run | {"commit": "0" * 40})
+    card = (folder / "README.md").read_text()
+    metadata = ModelCard(card).data
+    assert metadata.base_model == str(tiny_model) and metadata.license == "gemma"
+    assert metadata.datasets == ["NousResearch/hermes-function-calling-v1"]
+    assert "The training data is licensed under Apache-2.0." in card
+    assert "| function calling | 0.500 | 0.250, 0.750 | 5 |" in card  # not those of "other"
+    assert "valid call" not in card and 'adapter = "me/adapter"' in card
+
+
+# ---- The hardware
+
+MEASURED = {  # bytes that one layer keeps for a token: estimate_memory.py --measure
+    ("270m", "bfloat16"): (18, 72_036, 0.54e9),
+    ("270m", "float32"): (18, 101_900, 1.07e9),
+    ("1b", "bfloat16"): (26, 155_108, 2.00e9),
+    ("1b", "float32"): (26, 227_868, 4.00e9),
+}
+GPUS = [15.6e9, 23.6e9, 42.3e9, 47.6e9, 85.0e9]  # T4, L4, A100, L40S, A100 or H100
+# The cells of README's table: tokens of each of four conversations that are kept, or all 4,096
+LONGEST = {
+    ("270m", "bfloat16"): [2155, 3505, 4096, 4096, 4096],
+    ("270m", "float32"): [1449, 2401, 4096, 4096, 4096],
+    ("1b", "bfloat16"): [598, 1027, 2029, 2313, 4096],
+    ("1b", "float32"): [327, 619, 1304, 1498, 2867],
+}
+CELLS = [
+    (shape, dtype, memory, length)
+    for (shape, dtype), lengths in LONGEST.items()
+    for memory, length in zip(GPUS, lengths, strict=True)
+]
+
+
+@pytest.fixture
+def build_on_cuda(tiny_model, splits, tmp_path, monkeypatch):
+    """Build a trainer as on a GPU, from a model that says it has a given shape."""
+
+    def build(shape, dtype, memory, lengths, *flags):
+        monkeypatch.setattr(train, "local_rank", lambda: 3)
+        asked = []
+
+        def get_device_properties(device=None):
+            asked.append(device)
+            return SimpleNamespace(total_memory=memory)
+
+        monkeypatch.setattr(torch.cuda, "get_device_properties", get_device_properties)
+        monkeypatch.setattr(training_args, "is_torch_bf16_gpu_available", lambda: True)
+        model, tokenizer = train.load_model(tiny_model, getattr(torch, dtype))
+        for name, value in workload.make_config(shape).to_dict().items():
+            if name in ("hidden_size", "intermediate_size", "num_hidden_layers", "head_dim"):
+                setattr(model.config, name, value)
+        model.config.num_attention_heads = 4
+        weight_bytes = MEASURED[shape, dtype][2]
+        monkeypatch.setattr(model, "get_memory_footprint", lambda: weight_bytes)
+        rows = {"input_ids": [[2] * length for length in lengths]}
+        rows["assistant_masks"] = [[1] * length for length in lengths]
+        data = Dataset.from_dict(rows)
+        args = train.parse_args(["--model", str(tiny_model), *flags])
+        trainer = train.build_trainer(model, tokenizer, data, data, args, tmp_path / "run", "cuda")
+        return trainer, asked
+
+    return build
+
+
+@pytest.mark.parametrize("shape, dtype, memory, length", CELLS)
+def test_activations_are_recomputed_when_the_gpu_cannot_keep_the_longest_batch(
+    shape, dtype, memory, length, build_on_cuda
+):
+    num_layers, layer_bytes, weight_bytes = MEASURED[shape, dtype]
+
+    def needed(tokens):  # from the measurement, with 2 GB for all else
+        return weight_bytes + 2e9 + num_layers * layer_bytes * 4 * tokens
+
+    lengths = [7, length - 50, 9, 3]
+    trainer, asked = build_on_cuda(shape, dtype, memory, lengths)
+    assert not trainer.args.activation_checkpointing
+    assert needed(length) < 0.9 * memory
+    assert set(asked) == {3}  # the GPU of this process, not the first one
+    if length < 4096:
+        trainer, _ = build_on_cuda(shape, dtype, memory, [7, length + 50, 9, 3])
+        assert trainer.args.activation_checkpointing
+        assert needed(length * 1.06) > 0.9 * memory  # the rule wastes little
+
+
+def test_the_cuda_branch_makes_one_batch_of_a_step_and_leaves_the_loss_to_trl(build_on_cuda):
+    shape = ("270m", "bfloat16", 85e9, [20, 30, 40, 50, 60, 70, 80, 90])
+    trainer, _ = build_on_cuda(*shape)
+    assert trainer.args.bf16 and not trainer.args.use_cpu
+    assert trainer.args.per_device_train_batch_size == 4
+    assert trainer.args.gradient_accumulation_steps == 1
+    assert trainer.args.per_device_eval_batch_size == 8
+    assert not isinstance(trainer, train.LabelledTrainer)
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+    lora = [weight for weight in trainer.model.parameters() if weight.requires_grad]
+    assert {weight.dtype for weight in lora} == {torch.float32}
+    trainer, _ = build_on_cuda(*shape, "--batch-size", "2", "--activation-checkpointing")
+    assert trainer.args.gradient_accumulation_steps == 2
+    assert trainer.args.activation_checkpointing
+    trainer, _ = build_on_cuda(*shape, "--no-activation-checkpointing")
+    assert not trainer.args.activation_checkpointing
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_the_estimate_of_kept_activations_is_a_little_above_the_measured_bytes(dtype):
+    measured = estimate_memory.measure_activations("270m", dtype)
+    model = estimate_memory.make_empty_model("270m", dtype)
+    one, two = (train.estimate_memory(model, tokens, False) for tokens in (1000, 2000))
+    estimated = (two - one) / 1000 / model.config.num_hidden_layers
+    assert measured < estimated < 1.06 * measured
+    assert train.estimate_memory(model, 16_384, True) < train.estimate_memory(model, 16_384, False)
+
+
+def test_loss_on_all_tokens_is_left_to_trl(build):
+    trainer, _ = build("--loss-on", "all")
+    assert not isinstance(trainer, train.LabelledTrainer)
+    assert isinstance(build()[0], train.LabelledTrainer)
+
+
+def test_help_answers_before_the_heavy_libraries_are_imported():
+    code = "import function_calling_train, sys; function_calling_train.parse_args([]);"
+    code += "print([name for name in ('torch', 'transformers', 'numpy') if name in sys.modules])"
+    process = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert process.stdout == "[]\n", process.stderr
+    options = {"capture_output": True, "text": True, "cwd": ROOT}
+    shown = subprocess.run([sys.executable, SCRIPT, "--help"], **options).stdout
+    for group in ("model and data", "LoRA", "optimization", "hardware", "run"):
+        assert f"\n{group}:\n" in shown

@@ -50,6 +50,23 @@ def parse_args(description, add_arguments):
     return args
 
 
+def make_config(shape: str, **options):
+    """The configuration of a shape of Gemma 3; `options` take precedence."""
+    import transformers
+
+    values = {
+        "vocab_size": 4096 if shape == "tiny" else 262_144,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 1,
+        "head_dim": 256,
+        "query_pre_attn_scalar": 256,
+        "sliding_window": 512,
+        "max_position_embeddings": 32_768,
+        "tie_word_embeddings": True,
+    }
+    return transformers.Gemma3TextConfig(**values | SHAPES[shape] | options)
+
+
 def write_model(shape, folder):
     """Write a model of a shape of Gemma 3 with random weights in bf16, and a tokenizer for it."""
     import tokenizers
@@ -57,11 +74,8 @@ def write_model(shape, folder):
     import transformers
 
     transformers.logging.disable_progress_bar()
-    size = {"vocab_size": 4096 if shape == "tiny" else 262_144, **SHAPES[shape]}
-    size |= {"num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 256}
-    size |= {"sliding_window": 512, "max_position_embeddings": 32_768, "tie_word_embeddings": True}
     torch.manual_seed(0)
-    config = transformers.Gemma3TextConfig(**size, query_pre_attn_scalar=256)
+    config = make_config(shape)
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     model.save_pretrained(folder)
     words = {word: number for number, word in enumerate(VOCABULARY)}
