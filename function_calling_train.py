@@ -113,13 +113,14 @@ CHAT_TEMPLATE = r"""
 {%- endmacro -%}
 
 {%- macro role_of(message) -%}
-    {%- if message.role in ['system', 'developer'] -%}
+    {%- set role = message.role | lower -%}
+    {%- if role in ['system', 'developer'] -%}
         {{- 'system' -}}
-    {%- elif message.role in ['assistant', 'model'] -%}
+    {%- elif role in ['assistant', 'model'] -%}
         {{- 'assistant' -}}
-    {%- elif message.role in ['tool', 'function'] -%}
+    {%- elif role in ['tool', 'function'] -%}
         {{- 'tool' -}}
-    {%- elif message.role == 'user' -%}
+    {%- elif role == 'user' -%}
         {{- 'user' -}}
     {%- else -%}
         {{- raise_exception('role ' ~ message.role ~ ' is unknown') -}}
@@ -130,12 +131,14 @@ CHAT_TEMPLATE = r"""
     {%- set found = namespace(is_first=true) -%}
     {%- if content is string -%}
         {{- content -}}
+    {%- elif content is mapping -%}
+        {{- raise_exception('only text can be read, not an object') -}}
     {%- elif content -%}
         {%- for part in content -%}
-            {%- if part is string or part.type in ['text', 'input_text', 'output_text']
+            {%- if part is string or part.type in ['text', 'input_text', 'output_text', 'refusal']
                     or (not part.type and part.text is defined) -%}
                 {{- '' if found.is_first else '\n' -}}
-                {{- part if part is string else part.text or '' -}}
+                {{- part if part is string else part.text or part.refusal or '' -}}
                 {%- set found.is_first = false -%}
             {%- elif part.type not in ['thinking', 'reasoning'] -%}
                 {{- raise_exception('only text can be read, not ' ~ part.type) -}}
@@ -146,7 +149,7 @@ CHAT_TEMPLATE = r"""
 
 {%- macro thoughts_of(message, text) -%}
     {%- set found = namespace(thoughts=[]) -%}
-    {%- set found.thoughts = [message.reasoning_content, message.reasoning, message.thinking,
+    {%- set found.thoughts = [message.reasoning_content, message.thinking, message.reasoning,
         message.thought] -%}
     {%- if message.content and message.content is not string -%}
         {%- for part in message.content if part.type in ['thinking', 'reasoning'] -%}
@@ -156,8 +159,9 @@ CHAT_TEMPLATE = r"""
     {%- endif -%}
     {%- set written = namespace(thoughts=[]) -%}
     {%- for thought in found.thoughts if thought is string and thought | trim -%}
-        {%- set thought = thought | trim -%}
-        {%- if thought not in text and thought not in written.thoughts -%}
+        {%- set thought = thought | replace('<think>', '') | replace('</think>', '') | trim -%}
+        {%- set is_written = '<think>' in text and thought in text -%}
+        {%- if thought and not is_written and thought not in written.thoughts -%}
             {%- set written.thoughts = written.thoughts + [thought] -%}
         {%- endif -%}
     {%- endfor -%}
@@ -185,23 +189,26 @@ CHAT_TEMPLATE = r"""
 {%- endmacro -%}
 
 {%- macro result_of(content) -%}
-    {%- set found = namespace(is_text=content is string or content is none) -%}
+    {%- set found = namespace(
+        is_text=content is string or content is none or content is not defined) -%}
     {%- if content is iterable and content is not string and content is not mapping and content -%}
         {%- set found.is_text = true -%}
         {%- for part in content -%}
-            {%- if part is not mapping or (part.type not in ['text', 'input_text', 'output_text']
-                    and (part.text is not defined or part | length > 1)) -%}
+            {%- if part is not mapping
+                    or (part.type not in ['text', 'input_text', 'output_text', 'refusal']
+                        and (part.text is not defined or part | length > 1)) -%}
                 {%- set found.is_text = false -%}
             {%- endif -%}
         {%- endfor -%}
     {%- endif -%}
     {%- set text = text_of(content) if found.is_text else json(content) -%}
-    {{- text if '<tool_response>' in text else '<tool_response>\n' + text + '\n</tool_response>' -}}
+    {%- set is_wrapped = (text | trim)[:15] == '<tool_response>' -%}
+    {{- text if is_wrapped else '<tool_response>\n' + text + '\n</tool_response>' -}}
 {%- endmacro -%}
 
 {{- bos_token -}}
 {%- set found = namespace(system='', tools=tools, is_start=true, has_asked=false, text='',
-    calls=[], results=[], ordered=[], shows_tools=false, carries_loss=true) -%}
+    calls=[], keys=[], results=[], ordered=[], shows_tools=false, carries_loss=true) -%}
 {%- for message in messages -%}
     {%- set role = role_of(message) -%}
     {%- set ends_turn = loop.last or role_of(messages[loop.index]) != role -%}
@@ -223,7 +230,8 @@ CHAT_TEMPLATE = r"""
             {%- for piece in (found.system + found.text).split('<tools>')[1:] -%}
                 {%- set block = piece.split('</tools>')[0] | trim -%}
                 {%- for tool in found.tools or [] if '</tools>' in piece -%}
-                    {%- if block[:1] in ['[', '{'] or (tool.function or tool).name in block -%}
+                    {%- set name = (tool.function or tool).name -%}
+                    {%- if name and name in block -%}
                         {%- set found.shows_tools = true -%}
                     {%- endif -%}
                 {%- endfor -%}
@@ -239,10 +247,11 @@ CHAT_TEMPLATE = r"""
             {%- set found.has_asked = true -%}
         {%- endif -%}
     {%- elif role == 'assistant' -%}
-        {%- set text = text_of(message.content) -%}
+        {%- set text = text_of(message.content or message.refusal) -%}
         {%- set text = thoughts_of(message, text) + (text if text | trim else '') -%}
         {%- set old_call = [message.function_call] if message.function_call else [] -%}
-        {%- set calls = [] if '<tool_call>' in text else message.tool_calls or old_call -%}
+        {%- set has_calls = '<tool_call>' in text and '</tool_call>' in text -%}
+        {%- set calls = [] if has_calls else message.tool_calls or old_call -%}
         {%- set found.calls = found.calls + calls -%}
         {%- for piece in [text, calls_of(calls)] if piece | trim -%}
             {%- set separator = '\n' if piece[:11] == '<tool_call>' else '\n\n' -%}
@@ -260,21 +269,22 @@ CHAT_TEMPLATE = r"""
     {%- else -%}
         {%- set found.results = found.results + [message] -%}
         {%- if ends_turn -%}
-            {%- set found.ordered = [] -%}
-            {%- for call in found.calls if call.id -%}
-                {%- for result in found.results if result.tool_call_id ~ '' == call.id ~ '' -%}
-                    {%- set found.ordered = found.ordered + [result] -%}
+            {#- in the order of their calls, by id or else by name #}
+            {%- for use_id in [true, false] if found.ordered | length != found.results | length -%}
+                {%- set found.ordered = [] -%}
+                {%- set found.keys = [] -%}
+                {%- for call in found.calls -%}
+                    {%- set key = call.id if use_id else (call.function or call).name -%}
+                    {%- for result in found.results
+                            if key is defined and key is not none and key not in found.keys -%}
+                        {%- set named = result.tool_call_id if use_id else result.name -%}
+                        {%- if named is defined and named is not none and named ~ '' == key ~ '' -%}
+                            {%- set found.ordered = found.ordered + [result] -%}
+                        {%- endif -%}
+                    {%- endfor -%}
+                    {%- set found.keys = found.keys + [key] -%}
                 {%- endfor -%}
             {%- endfor -%}
-            {%- if found.ordered | length != found.results | length -%}
-                {%- set found.ordered = [] -%}
-                {%- for call in found.calls -%}
-                    {%- for result in found.results
-                            if result.name and result.name == (call.function or call).name -%}
-                        {%- set found.ordered = found.ordered + [result] -%}
-                    {%- endfor -%}
-                {%- endfor -%}
-            {%- endif -%}
             {%- if found.ordered | length != found.results | length -%}
                 {%- set found.ordered = found.results -%}
             {%- endif -%}
@@ -285,6 +295,7 @@ CHAT_TEMPLATE = r"""
             {{- '<start_of_turn>user\n' + plain(found.text) + '<end_of_turn>\n' -}}
             {%- set found.text = '' -%}
             {%- set found.results = [] -%}
+            {%- set found.ordered = [] -%}
         {%- endif -%}
     {%- endif -%}
     {%- if ends_turn and role != 'assistant' -%}

@@ -21,8 +21,11 @@ import re
 import shlex
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
+
+from tqdm import tqdm
 
 DEFAULT_DATASET = "NousResearch/hermes-function-calling-v1"
 DEFAULT_CONFIG = "glaive_func_calling"
@@ -75,13 +78,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     split = parser.add_argument_group("train and test split")
     split.add_argument(
         "--test-dataset",
-        help="test set of your own: a file, a hub id, or the name of a split of --dataset; "
+        help="your own test set: a file, a hub id, or the name of a split of --dataset; "
         "all rows of --dataset are then used for training (default: draw a random split)",
     )
     split.add_argument(
         "--test-size",
         type=float,
-        help=f"share of the rows that is drawn for the test split (default: {DEFAULT_TEST_SIZE})",
+        help=f"fraction of the rows used for the test split (default: {DEFAULT_TEST_SIZE})",
     )
     split.add_argument(
         "--seed", type=int, help=f"seed of the random split (default: {DEFAULT_SEED})"
@@ -89,7 +92,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     split.add_argument(
         "--drop-duplicates",
         action="store_true",
-        help="keep only the first of repeated conversations (default: keep and count them)",
+        help="drop conversations whose turns repeat an earlier one; system text and tools are not "
+        "compared (default: keep and count them)",
     )
     prompt = parser.add_argument_group("prompt")
     prompt.add_argument(
@@ -100,8 +104,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.test_dataset and (args.test_size is not None or args.seed is not None):
         parser.error("--test-size and --seed draw a random split, which --test-dataset replaces")
+    if is_data_file(args.dataset) and (args.config or args.revision or args.split != "train"):
+        parser.error("--config, --split and --revision are for hub datasets, not for a file")
     args.test_size = DEFAULT_TEST_SIZE if args.test_size is None else args.test_size
     args.seed = DEFAULT_SEED if args.seed is None else args.seed
+    if not 0 < args.test_size < 1:
+        parser.error(f"--test-size must be between 0 and 1, not {args.test_size}")
+    if not 0 <= args.seed < 2**32:
+        parser.error(f"--seed must be between 0 and {2**32 - 1}, not {args.seed}")
     if args.config is None and args.dataset == DEFAULT_DATASET:
         args.config = DEFAULT_CONFIG
     return args
@@ -125,7 +135,10 @@ def load_file(path: Path) -> list:
 
         return list(datasets.Dataset.from_parquet(str(path)))
     data = path.read_bytes()
-    text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8-sig")
+    try:
+        text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise ValueError("the file is not UTF-8 text. Save it as UTF-8") from None
     if text.lstrip().startswith("["):
         return json.loads(text)
     rows = []
@@ -137,7 +150,7 @@ def load_file(path: Path) -> list:
         except json.JSONDecodeError:
             raise ValueError(
                 f"line {number} is not valid JSON. A .jsonl file has one JSON object per line, "
-                "a .json file has one array; save other formats as one of these or as .parquet"
+                "a .json file has an array of objects. Save other formats as one of these"
             ) from None
     return rows
 
@@ -145,10 +158,10 @@ def load_file(path: Path) -> list:
 def load_rows(
     name: str, config: str | None, split: str | None, revision: str | None
 ) -> tuple[list, str]:
-    """Return the rows of a file, a folder or a hub dataset, and what identifies their version.
+    """Return the rows of a file, a folder or a hub dataset, and the version of the data.
 
-    That is the sha256 of a file, or the commit of a hub dataset. `split` None stands for the test
-    split, or for the only split of a dataset without one.
+    The version is the sha256 of a file, or the commit of a hub dataset. If `split` is None, use
+    the test split or, if there is none, the first split.
     """
     import datasets
 
@@ -164,7 +177,7 @@ def load_rows(
 
 
 def load_test_rows(args: argparse.Namespace) -> tuple[list, str]:
-    """Return what load_rows does for --test-dataset."""
+    """Load the rows of --test-dataset."""
     name = args.test_dataset
     if is_data_file(name) or Path(name).is_dir() or "/" in name:
         return load_rows(name, None, None, None)
@@ -190,7 +203,7 @@ def explain_load_error(name: str, error: Exception) -> str:
 
 
 class Source(NamedTuple):
-    """The rows of one dataset, and what identifies their version."""
+    """The rows of one dataset, and their version."""
 
     name: str
     rows: list
@@ -214,7 +227,19 @@ def load_sources(args: argparse.Namespace) -> list[Source]:
 
 
 def to_json(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, allow_nan=False)
+    """Write JSON with plain letters. Dates, which Parquet files can contain, become text."""
+
+    def write_date(value: Any) -> str:
+        if hasattr(value, "isoformat"):
+            return value.isoformat()
+        raise ValueError(f"a value of type {type(value).__name__}, which JSON does not have")
+
+    try:
+        return json.dumps(value, ensure_ascii=False, allow_nan=False, default=write_date)
+    except ValueError as error:
+        if "Out of range float" in str(error):
+            raise ValueError("NaN or infinity, which JSON does not have") from None
+        raise
 
 
 def parse_literal(value: Any) -> Any:
@@ -226,7 +251,7 @@ def parse_literal(value: Any) -> Any:
             return read(value.strip())
         except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
             continue
-    raise ValueError("a text that should be a list or an object is neither JSON nor Python")
+    raise ValueError("text in place of tools, turns or calls that is neither JSON nor Python")
 
 
 def parse_nested(value: Any) -> Any:
@@ -237,7 +262,39 @@ def parse_nested(value: Any) -> Any:
 
 
 def has_content(value: Any) -> bool:
-    return value is not None and value != "" and value != [] and value != {}
+    """Tell whether there is anything in a value but null, empty text, and empty containers."""
+    if isinstance(value, dict):
+        return any(has_content(item) for item in value.values())
+    if isinstance(value, list):
+        return any(has_content(item) for item in value)
+    return value is not None and value != ""
+
+
+def find_json(text: str) -> Iterator[tuple[int, int, Any]]:
+    """Yield (start, end, value) of each JSON object or array within a text."""
+    decoder = json.JSONDecoder()
+    position = 0
+    while match := re.compile(r'{\s*["}]|\[\s*{').search(text, position):
+        try:
+            value, position = decoder.raw_decode(text, match.start())
+        except (ValueError, RecursionError):
+            position = match.start() + 1
+            continue
+        yield match.start(), position, value
+
+
+def parse_sequence(text: str) -> list:
+    """Read several JSON values in a row, such as one tool per line."""
+    values = []
+    position = 0
+    for start, end, value in find_json(text):
+        if text[position:start].strip(" \t\r\n,"):
+            break
+        values.append(value)
+        position = end
+    if text[position:].strip():
+        return parse_nested(text)  # raises unless it is a single value
+    return values
 
 
 def drop_nulls(value: Any) -> Any:
@@ -250,8 +307,7 @@ def drop_nulls(value: Any) -> Any:
 def take(mapping: dict, *keys: str) -> Any:
     """Remove the first of the keys that has a value, and return its value, or None.
 
-    All reading of rows, messages and calls removes what it uses, so that whatever remains is what
-    was not read (report_unread).
+    Readers of rows, messages and calls remove the keys they use. report_unread counts the rest.
     """
     for key in keys:
         if mapping.get(key) is not None:
@@ -284,17 +340,21 @@ TOOL_KEYS = [
 
 def read_tools(value: Any) -> list[dict]:
     """Return a list of tools from a list, a single tool, or JSON text of either."""
-    if isinstance(value, str) and value.strip() in ("", "None"):
+    if not has_content(value) or str(value).strip() == "None":
         return []
-    value = parse_nested(drop_nulls(value))
-    if isinstance(value, dict) and isinstance(value.get("tools"), list | str):
-        value = value["tools"]  # the answer of an MCP server
+    value = parse_sequence(value) if isinstance(value, str) else drop_nulls(value)
+    value = parse_nested(value)
     if isinstance(value, dict):
-        value = [value] if value else []
-    tools = [parse_nested(tool) for tool in parse_nested(value) or []]
+        value = value["tools"] if list(value) == ["tools"] else [value]  # an MCP server's answer
+    tools = []
+    for tool in parse_nested(value) or []:
+        tool = parse_nested(tool)
+        if isinstance(tool, list):  # JSON text of a list, read as a sequence
+            tools += tool
+        elif tool:
+            tools.append(tool)
     if not all(isinstance(tool, dict) for tool in tools):
         raise ValueError("a tool that is not an object")
-    tools = [tool for tool in tools if tool]
     to_json(tools).encode()
     return tools
 
@@ -317,12 +377,10 @@ def find_tool_blocks(prompt: str) -> list[str]:
     return [piece.split("</tools>")[0].strip() for piece in pieces if "</tools>" in piece]
 
 
-def shows_tools(prompt: str, names: list[str]) -> bool:
-    """Tell whether the prompt lists tools in a <tools> block; a mention of the tags does not."""
-    for block in find_tool_blocks(prompt):
-        if block.startswith(("[", "{")) or any(name and name in block for name in names):
-            return True
-    return False
+def shows_tools(prompt: str, names: list[str | None]) -> bool:
+    """Tell whether a <tools> block of the prompt names a tool. A mention of the tags does not."""
+    blocks = find_tool_blocks(prompt)
+    return any(name and name in block for name in names for block in blocks)
 
 
 def collect_tools(sources: list, prompt: str, notices: Counter) -> tuple[list[dict], bool]:
@@ -330,27 +388,23 @@ def collect_tools(sources: list, prompt: str, notices: Counter) -> tuple[list[di
 
     The tools are those that `sources` declare, or else those that the prompt shows.
     """
-    tools = []
-    is_readable = True
     shown = [block for block in find_tool_blocks(prompt) if block.startswith(("[", "{"))]
-    for candidates in (sources, shown):
-        for candidate in candidates:
-            try:
-                found = read_tools(candidate)
-            except (TypeError, ValueError, RecursionError):
-                is_readable = False
-                notices["noticed", "tools that cannot be read"] += 1
-                continue
-            known = list(tools)
-            tools += [tool for tool in found if tool not in known]
-        if tools:
-            is_readable = True
+    tools = []
+    num_unreadable = 0
+    for source in sources + shown:
+        if source in shown and tools:
             break
-    for tool in tools:
-        if None in get_names(tool):
-            is_readable = False
-            notices["noticed", "tools that cannot be read (no name)"] += 1
-    return tools, is_readable
+        try:
+            found = read_tools(source)
+        except (TypeError, ValueError, RecursionError):
+            num_unreadable += 1
+            continue
+        known = [tool.get("function", tool) for tool in tools]
+        tools += [tool for tool in found if tool.get("function", tool) not in known]
+    num_nameless = sum(None in get_names(tool) for tool in tools)
+    if num_unreadable or num_nameless:
+        notices["noticed", "tools that cannot be read"] += num_unreadable + num_nameless
+    return tools, bool(tools or not num_unreadable) and not num_nameless
 
 
 # ---- Calls
@@ -381,33 +435,35 @@ def write_plain_letters(json_text: str) -> str:
     return JSON_ESCAPE.sub(decode, json_text)
 
 
-def read_arguments(arguments: Any, notices: Counter) -> str:
+def read_arguments(arguments: Any, keep_nulls: bool, notices: Counter) -> str:
     """Return the arguments of a call as JSON text. Text keeps its spacing and its nulls."""
-    if not has_content(arguments) or (isinstance(arguments, str) and not arguments.strip()):
+    if arguments is None or (isinstance(arguments, str) and not arguments.strip()):
         return "{}"
-    if isinstance(arguments, str):
-        text = arguments.strip()
-        try:
-            if isinstance(json.loads(text), dict):
-                return write_plain_letters(text)
-        except (ValueError, RecursionError):
-            pass
-    arguments = parse_nested(arguments)
-    if not isinstance(arguments, dict):
+    value = parse_nested(arguments)
+    if value is None or value == "" or value == []:
+        return "{}"
+    if not isinstance(value, dict):
         raise ValueError("a call whose arguments are not an object")
-    return write_value(arguments, notices)
+    if not isinstance(arguments, str):
+        return to_json(value) if keep_nulls else write_value(value, notices)
+    try:
+        is_json = isinstance(json.loads(arguments), dict)
+    except ValueError:  # a Python literal
+        is_json = False
+    return write_plain_letters(arguments.strip()) if is_json else to_json(value)
 
 
 def write_value(value: Any, notices: Counter) -> str:
     """Write arguments or a result as JSON, without the nulls that Arrow fills in."""
     without_nulls = drop_nulls(value)
     if without_nulls != value:
-        notices["unread", "arguments or results that are null, as Arrow fills them in"] += 1
+        notices["unread", "null values in arguments or results"] += 1
     return to_json(without_nulls)
 
 
-def read_call(call: Any, notices: Counter) -> dict:
+def read_call(call: Any, keep_nulls: bool, notices: Counter) -> dict:
     """Return {"id", "name", "arguments": JSON text} of a call: OpenAI's, LangChain's or bare."""
+    keep_nulls = keep_nulls or isinstance(call, str)
     call = parse_nested(call)
     if not isinstance(call, dict):
         raise ValueError("a call that is not an object with a name and arguments")
@@ -419,13 +475,17 @@ def read_call(call: Any, notices: Counter) -> dict:
     function = call.pop("function", {})
     if isinstance(function, str) and not function.lstrip().startswith("{"):
         function = {"name": function}
-    function = {k: v for k, v in parse_nested(function).items() if v is not None}
+    function = parse_nested(function)
+    if not isinstance(function, dict):
+        raise ValueError("a call whose function is not an object")
+    function = {key: value for key, value in function.items() if value is not None}
     name = take(function, "name") or take(call, "name")
     if not isinstance(name, str) or not name.strip():
         raise ValueError("a call without a name")
     arguments = take_arguments(function, call)
     report_unread({**call, **function}, "call", notices)
-    return {"id": call_id, "name": name, "arguments": read_arguments(arguments, notices)}
+    arguments = read_arguments(arguments, keep_nulls, notices)
+    return {"id": call_id, "name": name, "arguments": arguments}
 
 
 def take_arguments(function: dict, call: dict) -> Any:
@@ -435,23 +495,25 @@ def take_arguments(function: dict, call: dict) -> Any:
     arguments.
     """
     given = [part.pop(key) for part in (function, call) for key in ARGUMENT_KEYS if key in part]
-    arguments = []
-    for value in given:
-        if has_content(value) and value not in arguments:
-            arguments.append(value)
-    if len(arguments) > 1:
+    given = [value for value in given if not isinstance(value, str) or value.strip()]
+    with_content = [value for value in given if value != {}]
+    if any(parse_nested(value) != parse_nested(with_content[0]) for value in with_content):
         raise ValueError("a call with different arguments in two places")
     others = [key for key in (*function, *call) if key != "index"]
-    if "parameters" in others or (others and not arguments and {} not in given):
-        keys = ", ".join(to_json(key) for key in others)
-        raise ValueError(f'a call with {keys}, but without "arguments", "args" or "input"')
-    return arguments[0] if arguments else None
+    others = [key for key in others if has_content({**call, **function}[key])]
+    if "parameters" in (*function, *call) or (others and not given):
+        keys = ", ".join(map(to_json, others or ["parameters"]))
+        raise ValueError(f"a call that has no arguments, but the unread key {keys}")
+    return with_content[0] if with_content else None
 
 
 def read_calls(value: Any, notices: Counter) -> list[dict]:
     """Return the calls of a list, of a single call, or of JSON text of either."""
-    calls = parse_nested(value)
-    return [read_call(call, notices) for call in (calls if isinstance(calls, list) else [calls])]
+    calls = parse_sequence(value) if isinstance(value, str) else value
+    if isinstance(calls, list) and len(calls) == 1 and isinstance(calls[0], list):
+        calls = calls[0]
+    calls = calls if isinstance(calls, list) else [calls]
+    return [read_call(call, isinstance(value, str), notices) for call in calls]
 
 
 def render_calls(calls: list[dict]) -> str:
@@ -469,14 +531,16 @@ CALL_ROLES = ["function_call", "tool_call", "tool_calls"]
 ROLES = {
     **dict.fromkeys(["system", "developer"], "system"),
     **dict.fromkeys(["user", "human"], "user"),
-    **dict.fromkeys(["assistant", "model", "gpt", *CALL_ROLES], "assistant"),
+    **dict.fromkeys(["assistant", "model", "gpt", "ai", "bot", *CALL_ROLES], "assistant"),
     **dict.fromkeys(["tool", "observation", "function", "environment", "ipython"], "tool"),
-    **dict.fromkeys(["function_response", "tool_response", "tool_output", "tool_result"], "tool"),
+    **dict.fromkeys(["function_response", "tool_response", "tool_output"], "tool"),
+    **dict.fromkeys(["tool_result", "tool_results"], "tool"),
 }
 SYSTEM_KEYS = ["system", "system_prompt"]
-THOUGHT_KEYS = ["reasoning_content", "reasoning", "thinking", "thought"]
-LOSS_KEYS = ["weight", "train", "loss", "trainable"]
-TEXT_PART_TYPES = ["text", "input_text", "output_text"]
+LANGCHAIN_TYPES = ["human", "ai", "system", "tool"]  # in "type", in place of a role
+THOUGHT_KEYS = ["reasoning_content", "thinking", "reasoning", "thought"]
+LOSS_KEYS = ["weight", "train", "loss", "trainable", "training", "loss_weight"]
+TEXT_PART_TYPES = ["text", "input_text", "output_text", "refusal"]
 THOUGHT_PART_TYPES = ["thinking", "reasoning"]
 UNREAD_PARTS = {
     "tool_use": "Anthropic's content blocks",
@@ -497,13 +561,13 @@ def read_parts(parts: list, notices: Counter) -> tuple[str, list[str]]:
         if not isinstance(part, dict):
             raise ValueError("a content part that is not an object")
         kind = part.pop("type", "text")
-        for name in (kind, *part):
+        for name in (str(kind), *part):
             if name in UNREAD_PARTS:
-                raise ValueError(f"{UNREAD_PARTS[name]} ({name}) are not a layout that is read")
+                raise ValueError(f"{UNREAD_PARTS[name]} ({name}) are not supported")
         if kind in THOUGHT_PART_TYPES:
             thoughts.append(take(part, "thinking", "reasoning", "text") or "")
         elif kind in TEXT_PART_TYPES:
-            texts.append(take(part, "text") or "")
+            texts.append(take(part, "text", "refusal") or "")
         else:
             raise ValueError(f"a content part that is not text (type {to_json(kind)})")
         report_unread(part, "content part", notices)
@@ -520,7 +584,7 @@ def read_text(content: Any, notices: Counter) -> tuple[str, list[str]]:
         return content, []
     if isinstance(content, list):
         return read_parts(content, notices)
-    raise ValueError("a turn that holds something other than text")
+    raise ValueError("the content of a message is not text or a list of text parts")
 
 
 def read_result(content: Any, notices: Counter) -> str:
@@ -535,20 +599,20 @@ def read_result(content: Any, notices: Counter) -> str:
 def is_text_part(part: Any) -> bool:
     if not isinstance(part, dict):
         return False
+    part = drop_nulls(part)
     return part.get("type") in TEXT_PART_TYPES or list(part) == ["text"]
 
 
 def take_loss_mark(message: dict, role: str) -> bool:
-    """Tell whether a message may carry loss: not if its weight is 0, or its `train` is false."""
+    """Return False if the message is marked as not to be trained on (weight 0, train false ...)."""
     may_carry_loss = True
     for key in LOSS_KEYS:
-        value = message.get(key)
-        is_off = value in (0, "0", "false", "False")  # False equals 0
-        is_on = value in (1, "1", "true", "True") and role == "assistant"
-        if is_off or is_on:
-            del message[key]
-        if is_off:
+        value = str(message.get(key)).lower()
+        if value in ("0", "0.0", "false"):
             may_carry_loss = False
+        elif value not in ("1", "1.0", "true") or role != "assistant":
+            continue  # reported as unread
+        del message[key]
     return may_carry_loss
 
 
@@ -557,12 +621,16 @@ def take_thoughts(message: dict) -> list[str]:
 
 
 def write_thoughts(thoughts: list[str], text: str) -> str:
-    """Write the thoughts before a turn's text, unless the text contains them already."""
-    thoughts = dict.fromkeys(thought.strip() for thought in thoughts)
-    thoughts = [thought for thought in thoughts if thought and thought not in text]
-    if not thoughts:
+    """Write the thoughts before a turn's text, unless a <think> block contains them already."""
+    new = []
+    for thought in thoughts:
+        thought = thought.replace("<think>", "").replace("</think>", "").strip()
+        is_written = "<think>" in text and thought in text
+        if thought and not is_written and thought not in new:
+            new.append(thought)
+    if not new:
         return text
-    block = "<think>" + "\n\n".join(thoughts) + "</think>"
+    block = "<think>" + "\n\n".join(new) + "</think>"
     return f"{block}\n{text}" if text.strip() else block
 
 
@@ -570,7 +638,7 @@ def split_call_turn(content: Any) -> tuple[str, Any]:
     """Return (text, calls) of a turn that holds calls as JSON, possibly after a <think> block."""
     if not isinstance(content, str):
         return "", content
-    if "<tool_call>" in content:
+    if contains_calls(content):
         return content, None
     thought, calls = re.fullmatch(r"(\s*<think>.*?</think>)?(.*)", content, re.DOTALL).groups()
     return (thought or "").strip(), calls if calls.strip() else None
@@ -578,6 +646,8 @@ def split_call_turn(content: Any) -> tuple[str, Any]:
 
 def read_assistant_message(message: dict, is_call_turn: bool, notices: Counter) -> dict:
     content = take(message, "content", "value")
+    if not has_content(content):
+        content = take(message, "refusal")
     calls = None
     if is_call_turn:
         content, calls = split_call_turn(content)
@@ -586,28 +656,36 @@ def read_assistant_message(message: dict, is_call_turn: bool, notices: Counter) 
     tool_calls = read_calls(calls, notices) if has_content(calls) else []
     for key in ("tool_calls", "function_call"):
         more = message.pop(key, None)
-        if not has_content(more):
+        if not has_content(more):  # also where Arrow filled in all keys of a call
             continue
         more = read_calls(more, notices)
         if not tool_calls:
             tool_calls = more
         elif render_calls(tool_calls) != render_calls(more):
             raise ValueError(f'a turn with other calls in "{key}" than elsewhere')
-    if "<tool_call>" in text and tool_calls:
+    if contains_calls(text) and tool_calls:
         if not has_same_calls(text, tool_calls):
             raise ValueError("a turn whose text contains other calls than its tool_calls")
         tool_calls = []
     return {"content": text, "tool_calls": tool_calls}
 
 
+def contains_calls(text: str) -> bool:
+    """Tell whether a text has a <tool_call> block. A mention of the opening tag is not one."""
+    return "<tool_call>" in text and "</tool_call>" in text
+
+
 def has_same_calls(text: str, calls: list[dict]) -> bool:
     """Tell whether the <tool_call> blocks of a text are these calls."""
     try:
-        in_text = [read_call(block, Counter()) for block in find_call_blocks(text)]
+        in_text = [read_call(block, True, Counter()) for block in find_call_blocks(text)]
     except (TypeError, ValueError, RecursionError):
         return False
-    pairs = [(call["name"], json.loads(call["arguments"])) for call in calls]
-    return [(call["name"], json.loads(call["arguments"])) for call in in_text] == pairs
+    return [get_name_and_arguments(c) for c in in_text] == list(map(get_name_and_arguments, calls))
+
+
+def get_name_and_arguments(call: dict) -> tuple[str, dict]:
+    return call["name"], drop_nulls(json.loads(call["arguments"]))
 
 
 def normalize_message(message: Any, notices: Counter) -> dict:
@@ -620,8 +698,12 @@ def normalize_message(message: Any, notices: Counter) -> dict:
         raise ValueError("a turn that is not an object with a role")
     message = {key: value for key, value in message.items() if value is not None}
     if "parts" in message:
-        raise ValueError('Gemini\'s "parts" are not a layout that is read')
+        raise ValueError('Gemini\'s "parts" are not supported')
     spelled = take(message, "role", "from")
+    if spelled is None and message.get("type") in LANGCHAIN_TYPES:
+        spelled = message.pop("type")
+    if spelled is None:
+        raise ValueError('a message without "role" or "from"')
     name = re.sub("[ -]", "_", str(spelled).strip().lower())
     if name not in ROLES:
         raise ValueError(f"unknown role {spelled!r}")
@@ -669,13 +751,13 @@ def read_xlam(row: dict) -> list:
 
 def read_glaive(row: dict) -> list:
     """{"system", "chat"}, two texts; the tools are JSON objects within the system text."""
-    system, tools = split_glaive_system(str(row.pop("system", "")))
-    if tools:
-        row.setdefault("tools", tools)
+    system = str(row.pop("system", "")).strip().removeprefix("SYSTEM:").strip()
+    if not has_content(row.get("tools")) or row["tools"] == "[]":
+        system, row["tools"] = split_glaive_system(system)
     chat = row.pop("chat")
     if not isinstance(chat, str):
         raise ValueError('a "chat" that is not a text, as in Glaive v2')
-    pieces = re.split(r"^\s*(USER|ASSISTANT|FUNCTION RESPONSE):", chat, flags=re.MULTILINE)
+    pieces = re.split(r"^[ \t]*(USER|ASSISTANT|FUNCTION RESPONSE):", chat, flags=re.MULTILINE)
     if pieces[0].strip():
         raise ValueError('a "chat" that does not begin with USER:, as in Glaive v2')
     messages = [{"role": "system", "content": system}]
@@ -686,30 +768,23 @@ def read_glaive(row: dict) -> list:
         elif speaker == "FUNCTION RESPONSE":
             messages.append({"role": "tool", "content": text})
         else:
-            text, *calls = text.split("<functioncall>")
+            text, *calls = text.replace("</functioncall>", "").split("<functioncall>")
             calls = [read_glaive_call(call) for call in calls]
             messages.append({"role": "assistant", "content": text.strip(), "tool_calls": calls})
     return messages
 
 
 def split_glaive_system(text: str) -> tuple[str, list[dict]]:
-    """Return (system text without the tools, tools)."""
-    decoder = json.JSONDecoder()
-    text = text.strip().removeprefix("SYSTEM:")
+    """Return (system text without the tools, tools). A tool is a JSON object with a name."""
     tools = []
     pieces = []
     position = 0
-    start = text.find("{")
-    while start >= 0:
-        try:
-            tool, end = decoder.raw_decode(text, start)
-        except ValueError:  # a brace in the text
-            end = start + 1
-        else:
-            tools.append(tool)
+    for start, end, value in find_json(text):
+        found = value if isinstance(value, list) else [value]
+        if all(isinstance(tool, dict) and None not in get_names(tool) for tool in found):
+            tools += found
             pieces.append(text[position:start].rstrip())
             position = end
-        start = text.find("{", end)
     pieces.append(text[position:])
     return "".join(pieces).strip(), tools
 
@@ -745,15 +820,16 @@ UNREAD_LAYOUTS = {
 def read_messages(row: dict) -> list:
     """Return a row's messages as its layout has them. Raises ValueError for an unread layout."""
     for keys, read_layout in LAYOUTS.items():
-        if all(key in row for key in keys):
+        if all(key in row for key in keys) and has_content(row[keys[0]]):
             messages = read_layout(row)
             if not isinstance(messages, list):
                 raise ValueError(f'no list of turns in "{keys[0]}"')
             return messages
     for key, layout in UNREAD_LAYOUTS.items():
         if has_content(row.get(key)):
-            raise ValueError(f"{layout} is not a layout that is read")
-    raise ValueError("no layout that is read has these keys: " + (", ".join(row) or "none"))
+            raise ValueError(f"{layout} is not supported")
+    keys = ", ".join(map(str, row)) or "only an id"
+    raise ValueError(f"the keys of the row match no supported layout: {keys}")
 
 
 # ---- From a row to a record of the split
@@ -769,7 +845,7 @@ class Conversation(NamedTuple):
 
 
 def normalize_row(row: Any, notices: Counter) -> Conversation:
-    """Read a row of any layout. Raises ValueError if it is of no use."""
+    """Read a row of any layout. Raises ValueError if it cannot be converted."""
     if not isinstance(row, dict):
         raise ValueError("a row that is not an object")
     row = {key: value for key, value in row.items() if value is not None}
@@ -806,14 +882,12 @@ def get_system_text(messages: list[dict]) -> str:
 def order_results(results: list[dict], calls: list[dict], notices: Counter) -> list[dict]:
     """Return tool messages in the order of their calls, which they name by id or by name."""
     for call_key, result_key in (("id", "tool_call_id"), ("name", "name")):
-        ordered = []
-        for call in calls:
-            key = call[call_key]
-            ordered += [r for r in results if key is not None and str(r[result_key]) == str(key)]
-        if len(ordered) == len(results):
-            return ordered
-    if any(result["tool_call_id"] is not None for result in results):
-        notices["noticed", "results whose tool_call_id is not the id of a call"] += 1
+        keys = [str(call[call_key]) for call in calls if call[call_key] is not None]
+        if all(str(result[result_key]) in keys for result in results):
+            return sorted(results, key=lambda result: keys.index(str(result[result_key])))
+    num_lost = sum(result["tool_call_id"] is not None for result in results)
+    if num_lost:
+        notices["noticed", "results whose tool_call_id matches no call"] += num_lost
     return results
 
 
@@ -836,13 +910,13 @@ def render_results(messages: list[dict]) -> dict:
     blocks = []
     for message in messages:
         text = message["content"]
-        if "<tool_response>" not in text:
+        if not text.lstrip().startswith("<tool_response>"):
             text = f"<tool_response>\n{text}\n</tool_response>"
         blocks.append(text)
     return {"role": "tool", "content": "\n".join(blocks)}
 
 
-# Which turn may follow which.
+# The roles that may follow a role.
 FOLLOWERS = {
     None: ["user"],
     "user": ["assistant"],
@@ -883,9 +957,10 @@ def render_turns(messages: list[dict], notices: Counter) -> list[dict]:
     return turns
 
 
-def render_conversation(conversation: Conversation, before_request: str, notices: Counter) -> dict:
-    """Return the record of a normalized row: {"id", "messages", "tools"}."""
-    turns = render_turns(conversation.messages, notices)
+def make_record(
+    conversation: Conversation, turns: list[dict], before_request: str, notices: Counter
+) -> dict:
+    """Return {"id", "messages", "tools"}: the turns with system text and tools in the first one."""
     system = get_system_text(conversation.messages)
     names = [name for tool in conversation.tools for name in get_names(tool)]
     tools = to_json(conversation.tools)
@@ -893,7 +968,8 @@ def render_conversation(conversation: Conversation, before_request: str, notices
     if conversation.tools and not shows_tools(system + turns[0]["content"], names):
         parts.append(BEFORE_TOOLS + tools + AFTER_TOOLS)
     if parts:
-        turns[0]["content"] = "\n\n".join(parts) + before_request + turns[0]["content"]
+        request = "\n\n".join(parts) + before_request + turns[0]["content"]
+        turns = [{**turns[0], "content": request}, *turns[1:]]
     record = {"id": conversation.id, "messages": turns, "tools": tools}
     if not conversation.is_readable:
         record["tools"] = None
@@ -904,27 +980,55 @@ def render_conversation(conversation: Conversation, before_request: str, notices
 def convert_row(
     row: Any, before_request: str = THINK_INSTRUCTION, notices: Counter | None = None
 ) -> dict:
-    """Return the record of a row. Raises ValueError if the row is of no use."""
+    """Return the record of a row. Raises ValueError if the row cannot be converted."""
     notices = Counter() if notices is None else notices
-    return render_conversation(normalize_row(row, notices), before_request, notices)
+    conversation = normalize_row(row, notices)
+    turns = render_turns(conversation.messages, notices)
+    return make_record(conversation, turns, before_request, notices)
 
 
-# ---- What a record is inspected for
+# ---- Checks on finished records
 
-FOREIGN_CALLS = {
-    "ToolACE's [f(a=1)]": r"\s*\[\s*[A-Za-z_][\w .-]*\(.*\)\s*\]\s*\Z",
-    "bare JSON": r'\s*\[?\s*{(?=.*"name"\s*:)(?=.*"(arguments|args|parameters)"\s*:).*}\s*\]?\s*\Z',
-    "<functioncall>": r".*<functioncall>",
-    "<function_call>": r".*<function_calls?>",
-    "<function=...>": r".*<function=",
-    "<invoke>": r".*<invoke\b",
-    "<|tool_call>": r".*<\|tool_calls?(_begin|_start)?\|?>",
-    "<|python_tag|>": r".*<\|python_tag\|>",
-    "Mistral's [TOOL_CALLS]": r".*\[TOOL_CALLS\]",
-    "FunctionGemma's <start_function_call>": r".*<start_function_call>",
-    "a tool_code block": r".*```tool_c(ode|all)",
-    "ReAct's Action Input": r".*^Action Input:",
-}
+# What gives away calls in formats that are not supported.
+FOREIGN_MARKERS = [
+    "<functioncall>",
+    "<function_call",
+    "<function=",
+    "<invoke",
+    "<tool_use>",
+    "<tool_calls>",
+    "<TOOLCALL>",
+    "<|tool_call",
+    "<|python_tag|>",
+    "<|channel|>",
+    "<\uff5ctool",
+    "\u273fFUNCTION\u273f",
+    "[TOOL_CALLS]",
+    "functools[",
+    "<start_function_call>",
+    "```tool_code",
+    "Action Input:",
+]
+FOREIGN_CALLS = "turns with calls in an unsupported format, kept as text"
+ARGUMENT_WORDS = ['"arguments"', '"parameters"', '"args"', '"input"', '"action_input"']
+
+
+def find_foreign_call(text: str, names: set[str]) -> str | None:
+    """Name the unsupported format in which the text of a turn seems to make a call, if any."""
+    text = re.sub("<tool_call>.*?(</tool_call>|\\Z)", "", text, flags=re.DOTALL)
+    text = re.sub("<think>.*?</think>", "", text, flags=re.DOTALL).strip()
+    for marker in FOREIGN_MARKERS:
+        if marker in text:
+            return marker
+    text = text.removeprefix("```json").removesuffix("```").strip()
+    if re.match(r"\[\s*[A-Za-z_][\w .-]*\(", text) and text.endswith((")]", ") ]")):
+        return "[f(a=1)], as in ToolACE"
+    if text.startswith(("{", "[")) and text.endswith(("}", "]")):
+        if any(word in text for word in ARGUMENT_WORDS):
+            return "bare JSON"
+    if any(f"{name}(" in text for name in names):
+        return "f(a=1)"
+    return None
 
 
 def find_call_blocks(text: str) -> list[str]:
@@ -962,11 +1066,8 @@ def inspect_record(record: dict, notices: Counter) -> None:
                 continue
             if name not in names and record["tools"] is not None:
                 notices["noticed", "calls to a tool that the row does not declare"] += 1
-        text = re.sub("<tool_call>.*?(</tool_call>|\\Z)", "", turn["content"], flags=re.DOTALL)
-        for name, pattern in FOREIGN_CALLS.items():
-            if re.match(pattern, text, re.DOTALL | re.MULTILINE):
-                reason = f"turns that look like calls in a format that is not read: {name}"
-                notices["noticed", reason] += 1
+        if style := find_foreign_call(turn["content"], names):
+            notices["noticed", f"{FOREIGN_CALLS}: {style}"] += 1
 
 
 # ---- From rows to splits
@@ -1007,17 +1108,19 @@ class Report:
 
 class Converted(NamedTuple):
     record: dict
-    turns: str  # the conversation without its system text, to find repeated ones
+    key: str  # the turns as JSON without the prompt, to find repeated conversations
 
 
 def convert_rows(rows: list, before_request: str, report: Report) -> list[Converted | None]:
     """Convert all rows; None stands for a row that is dropped."""
     converted = []
+    rows = tqdm(rows, "Converting", unit=" rows", leave=False, disable=None)
     for number, row in enumerate(rows, start=1):
         notices = Counter()
         try:
             conversation = normalize_row(row, notices)
-            record = render_conversation(conversation, before_request, notices)
+            turns = render_turns(conversation.messages, notices)
+            record = make_record(conversation, turns, before_request, notices)
             to_json(record).encode()
         except (TypeError, ValueError, RecursionError) as error:
             reason = str(error)
@@ -1028,8 +1131,7 @@ def convert_rows(rows: list, before_request: str, report: Report) -> list[Conver
             continue
         for (kind, reason), count in notices.items():
             report.add(kind, reason, number, count)
-        turns = to_json(render_turns(conversation.messages, Counter()))
-        converted.append(Converted(record, turns))
+        converted.append(Converted(record, key=to_json(turns)))
     return converted
 
 
@@ -1039,13 +1141,13 @@ def check_repeated(
     """Count the conversations that repeat one in `seen` or an earlier one; drop them if asked."""
     checked = []
     for number, item in enumerate(converted, start=1):
-        if item and item.turns in seen:
+        if item and item.key in seen:
             report.add(
                 "dropped" if drop_duplicates else "noticed", "repeated conversations", number
             )
             item = None if drop_duplicates else item
         if item:
-            seen.add(item.turns)
+            seen.add(item.key)
         checked.append(item)
     return checked
 
@@ -1066,28 +1168,28 @@ def make_ids_unique(converted: list[Converted | None], ids: set[str]) -> None:
 def draw_split(
     converted: list[Converted | None], test_size: float, seed: int
 ) -> dict[str, list[Converted | None]]:
-    """Draw the published split: over all rows that were read, the dropped ones included."""
+    """Draw the split over all rows, so that a dropped row does not move any other row."""
     import datasets
 
     rows = datasets.Dataset.from_dict({"row": range(len(converted))})
     try:
         drawn = rows.train_test_split(test_size=test_size, seed=seed)
-    except ValueError as error:
-        fail(f"--test-size {test_size} cannot be drawn from {len(rows)} rows: {error}")
+    except ValueError:
+        fail(f"{len(rows)} rows are too few to draw a test split with --test-size {test_size}")
     return {name: [converted[row] for row in drawn[name]["row"]] for name in SPLIT_FILES}
 
 
-def check_splits(splits: dict[str, list[Converted]], reports: list[Report]) -> None:
-    """End the program if a split is empty, with the reasons why rows were dropped."""
-    reasons = "; ".join(reason for report in reports for reason in report.found["dropped"])
-    for name, items in splits.items():
-        if not items:
-            num_rows = sum(len(report.source.rows) for report in reports)
-            fail(
-                f"no row of {num_rows} is left for the {name} split of "
-                f"{reports[0].source.name}. Rows were dropped for: {reasons or 'no reason'}. "
-                f"The layouts that are read: {LAYOUT_NAMES}"
-            )
+def check_any_kept(report: Report) -> None:
+    """End the program if no row of a dataset could be converted."""
+    num_rows = len(report.source.rows)
+    if num_rows == 0:
+        fail(f"{report.source.name} contains no rows")
+    if report.num_kept == 0:
+        reasons = "; ".join(report.found["dropped"])
+        fail(
+            f"none of the {num_rows} rows of {report.source.name} can be used: {reasons}. "
+            f"Supported layouts: {LAYOUT_NAMES}"
+        )
 
 
 def describe_split(records: list[dict]) -> dict[str, int]:
@@ -1112,8 +1214,8 @@ def write_splits(splits: dict[str, list[Converted]], info: dict, folder: Path) -
         texts[SPLIT_FILES[name]] = text
         digest = hashlib.sha256(text).hexdigest()
         info[name] = {"file": SPLIT_FILES[name], "sha256": digest, **describe_split(records)}
-    in_train = {item.turns for item in splits["train"]}
-    info["test"]["also_in_train"] = sum(item.turns in in_train for item in splits["test"])
+    in_train = {item.key for item in splits["train"]}
+    info["test"]["also_in_train"] = sum(item.key in in_train for item in splits["test"])
     texts["dataset_info.json"] = json.dumps(info, indent=2, ensure_ascii=False).encode() + b"\n"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -1139,12 +1241,18 @@ def print_summary(info: dict, reports: list[Report], output_dir: Path) -> None:
             f"warning: {num_repeated:,} of the test conversations are also in train, which raises "
             "the scores. --drop-duplicates leaves repeated conversations out"
         )
-    if any("not read" in reason for report in reports for reason in report.found["noticed"]):
-        print(f"warning: calls are kept as text there. The layouts that are read: {LAYOUT_NAMES}")
+    noticed = [reason for report in reports for reason in report.found["noticed"]]
+    if any(reason.startswith(FOREIGN_CALLS) for reason in noticed):
+        print(
+            "warning: the model would learn the unsupported format, which the evaluation does not "
+            f"score. Supported layouts: {LAYOUT_NAMES}"
+        )
     has_calls = any(info[name]["tool_call_turns"] for name in SPLIT_FILES)
     declares_tools = any(info[name]["declare_tools"] for name in SPLIT_FILES)
     if declares_tools and not has_calls:
-        print("warning: tools are declared but no turn calls one: the model would learn not to")
+        print(
+            "warning: tools are declared but no turn calls one, so the model would learn never to"
+        )
     command = ["python", "function_calling_train.py"]
     if output_dir != DEFAULT_OUTPUT_DIR:
         command += ["--train-file", str(output_dir / SPLIT_FILES["train"])]
@@ -1171,16 +1279,20 @@ def main(argv: list[str] | None = None) -> None:
         converted = check_repeated(converted, seen, args.drop_duplicates, report)
         make_ids_unique(converted, ids)
         report.num_kept = sum(item is not None for item in converted)
+        check_any_kept(report)
         reports.append(report)
         datasets_read.append(converted)
     if args.test_dataset:
         splits = dict(zip(SPLIT_FILES, datasets_read, strict=True))
-    elif reports[0].num_kept:
-        splits = draw_split(datasets_read[0], args.test_size, args.seed)
     else:
-        splits = dict.fromkeys(SPLIT_FILES, [])
+        splits = draw_split(datasets_read[0], args.test_size, args.seed)
     splits = {name: [item for item in items if item] for name, items in splits.items()}
-    check_splits(splits, reports)
+    for name, items in splits.items():
+        if not items:
+            fail(
+                f"{reports[0].num_kept} of {len(reports[0].source.rows)} rows can be used, and "
+                f"none of them was drawn for the {name} split. Use more rows or another --test-size"
+            )
     info = {
         "source": {name: getattr(args, name) for name in ("dataset", "config", "split", "revision")}
         | {"resolved_revision": reports[0].source.revision},

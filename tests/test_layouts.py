@@ -1,6 +1,7 @@
 """Step 1: rows in the layouts of today's tools; nothing that a row says is lost silently."""
 
 import json
+import time
 from collections import Counter
 
 import datasets
@@ -76,6 +77,13 @@ def test_thoughts_are_written_before_the_call_of_their_turn(thought):
     assert texts(ASK, {**calls(tool_call()), **thought}) == expected
 
 
+def test_a_thought_is_written_although_the_text_contains_it_and_without_its_tags():
+    said = {"role": "assistant", "content": "The answer is 42.", "reasoning_content": "42"}
+    assert texts(ASK, said)[1] == "<think>42</think>\nThe answer is 42."
+    said["reasoning_content"] = "<think>\nLook.\n</think>"
+    assert texts(ASK, said)[1] == "<think>Look.</think>\nThe answer is 42."
+
+
 def test_thoughts_are_written_before_a_text_once():
     thought = {"reasoning_content": "Result: 9."}
     assert texts(ASK, {**ANSWER, **thought})[1] == "<think>Result: 9.</think>\n9 metres."
@@ -114,6 +122,8 @@ MENTIONS = [
     "Signatures stand within <tools></tools> tags.",
     "They are between <tools> and </tools>.",
     "A line without an opening: </tools>",
+    "They look like this: <tools>[...]</tools>",
+    '<tools>[{"name": "another"}]</tools>',
 ]
 
 
@@ -130,6 +140,19 @@ def test_tools_that_the_prompt_shows_are_not_written_again(block):
     system = {"role": "system", "content": f"<tools>{block}</tools>"}
     said = texts(system, ASK, ANSWER, tools=[TOOL])[0]
     assert said == f"<tools>{block}</tools>\n\nHow deep is Ulm?"
+
+
+def test_tools_that_the_prompt_shows_one_per_line_are_read():
+    """As in Qwen's and Hermes's own prompts."""
+    other = make_tool("f", "x")
+    system = f"<tools>\n{json.dumps(TOOL)}\n{json.dumps(other)}\n</tools>"
+    record = prepare.convert_row(row_of({"role": "system", "content": system}, ASK, ANSWER))
+    assert json.loads(record["tools"]) == [TOOL, other]
+
+
+def test_a_tool_that_is_declared_in_two_forms_is_shown_once():
+    record = prepare.convert_row(row_of(ASK, ANSWER, tools=[TOOL], functions=[TOOL["function"]]))
+    assert json.loads(record["tools"]) == [TOOL]
 
 
 UNREADABLE_TOOLS = ["depth(port)", [TOOL, "depth"], [{"depth": {"port": "string"}}], [7]]
@@ -188,9 +211,9 @@ def test_a_call_has_no_arguments_only_if_nothing_could_hold_them():
 BAD_CALLS = [
     ({"function": {"arguments": PORT}}, "without a name"),
     ({"type": "custom", "custom": {"name": "depth", "input": "Ulm"}}, 'type "custom"'),
-    ({"name": "depth", "port": "Ulm"}, '"port", but without "arguments"'),
-    ({"function": {"name": "depth", "kwargs": PORT}}, '"kwargs", but without "arguments"'),
-    ({"name": "depth", "parameters": PORT}, '"parameters", but without "arguments"'),
+    ({"name": "depth", "port": "Ulm"}, 'no arguments, but the unread key "port"'),
+    ({"function": {"name": "depth", "kwargs": PORT}}, 'no arguments, but the unread key "kwargs"'),
+    ({"name": "depth", "parameters": PORT}, 'no arguments, but the unread key "parameters"'),
     ({"name": "depth", "arguments": ["Ulm"]}, "arguments are not an object"),
     ({"name": "depth", "arguments": "Ulm"}, "neither JSON nor Python"),
     ({"function": {"name": "f", "arguments": {"a": 1}}, "args": {"a": 2}}, "in two places"),
@@ -242,25 +265,90 @@ def test_the_old_function_call_field_and_the_role_function():
 
 
 FOREIGN = [
-    ("[depth(port='Ulm'), depth(port='Kiel')]", "ToolACE's"),
+    ("Sure: depth(port='Ulm')", "f(a=1)"),
+    ('```json\n{"action": "depth", "action_input": {}}\n```', "bare JSON"),
+    ("<think>Hm.</think>\n[depth(port='Ulm')]", "ToolACE"),
+    ("[depth(port='Ulm'), depth(port='Kiel')]", "ToolACE"),
     ('{"name": "depth", "arguments": {"port": "Ulm"}}', "bare JSON"),
     ('<functioncall> {"name": "depth"}', "<functioncall>"),
-    ('[TOOL_CALLS] [{"name": "depth"}]', "Mistral's"),
-    ("<start_function_call>call:depth{}<end_function_call>", "FunctionGemma's"),
+    ('[TOOL_CALLS] [{"name": "depth"}]', "[TOOL_CALLS]"),
+    ("<start_function_call>call:depth{}<end_function_call>", "<start_function_call>"),
 ]
 
 
 @pytest.mark.parametrize("text, name", FOREIGN)
 def test_text_that_looks_like_a_call_in_another_format_is_kept_and_counted(text, name):
-    said, notices = convert(row_of(ASK, {"role": "assistant", "content": text}))
+    said, notices = convert(row_of(ASK, {"role": "assistant", "content": text}, tools=[TOOL]))
     ((kind, reason),) = notices
     assert said[1] == text and kind == "noticed"
-    assert "look like calls in a format that is not read" in reason and name in reason
+    assert reason.startswith("turns with calls in an unsupported format") and name in reason
 
 
 def test_an_answer_in_json_is_not_taken_for_a_call():
     said = {"role": "assistant", "content": '{"name": "Ulm", "depth": [9]} (see [1](x))'}
     assert convert(row_of(ASK, said))[1] == {}
+
+
+def test_calls_whose_keys_arrow_filled_with_null_are_no_calls():
+    empty = {"id": None, "type": None, "function": {"name": None, "arguments": None}}
+    filled = {"function_call": {"name": None, "arguments": None}, "tool_calls": [empty]}
+    assert texts(ASK, {**ANSWER, **filled})[1] == "9 metres."
+    custom = {**tool_call(), "custom": {"name": None, "input": None}}
+    assert texts(ASK, calls(custom))[1] == call()
+
+
+def test_nulls_in_json_text_are_the_users():
+    answers = '[{"name": "depth", "arguments": {"port": null}}]'
+    said, notices = convert({"query": "Ulm?", "answers": answers})
+    assert said[1] == call(spelled='{"port": null}')
+    assert ("unread", "null values in arguments or results") not in notices
+
+
+def test_a_mention_of_a_tag_is_not_a_block():
+    text = "I use the <tool_call> tag."
+    assert texts(ASK, calls(tool_call(), content=text))[1] == f"{text}\n{call()}"
+    said = texts(ASK, calls(tool_call()), tool("see <tool_response>"), ANSWER)
+    assert said[2] == result("see <tool_response>")
+
+
+def test_a_refusal_is_the_text_of_its_turn():
+    assert (
+        texts(ASK, {"role": "assistant", "content": None, "refusal": "I can't."})[1] == "I can't."
+    )
+
+
+ANYTHING = [None, 7, [], {}, "x", [[]], [7], True, {"a": None}, [{"name": "f"}]]
+
+
+@pytest.mark.parametrize("value", ANYTHING, ids=str)
+def test_no_value_whatsoever_in_any_field_raises_anything_but_a_reason(value):
+    """Catches one odd row that ends the preparation of thousands."""
+    function = {"name": "depth", "arguments": PORT}
+    parts = [{"type": "text", "text": "Hi"}]
+    fields = [
+        *[{**ASK, key: value} for key in ("role", "content", "weight", "name")],
+        *[{**ASK, "content": [{**parts[0], key: value}]} for key in ("type", "text")],
+        {**ASK, "content": [value]},
+        *[{**ANSWER, key: value} for key in ("tool_calls", "function_call", "reasoning")],
+        {**ANSWER, "tool_calls": [value]},
+        *[calls({**tool_call(), key: value}) for key in ("id", "type", "function", "args")],
+        *[calls({"function": {**function, key: value}}) for key in ("name", "arguments", "x")],
+        *[{**tool("9"), key: value} for key in ("tool_call_id", "content", "name")],
+    ]
+    columns = [
+        {key: value}
+        for key in ("id", "tools", "system", "functions", "chat_template_kwargs", "chat")
+    ]
+    columns += [{"tools": [value]}, {"tools": [{"function": value}]}, {"messages": value}]
+    rows = [row_of(ASK, calls(tool_call()), field, ANSWER) for field in fields]
+    rows += [row_of(ASK, field, ANSWER) for field in fields]
+    rows += [{**row_of(ASK, ANSWER), **column} for column in columns]
+    rows += [{"query": value, "answers": value}, {"system": value, "chat": value}, value]
+    for row in rows:
+        try:
+            json.dumps(prepare.convert_row(row))
+        except ValueError as error:
+            assert str(error) and "\n" not in str(error)
 
 
 # ---- Results
@@ -299,7 +387,20 @@ def test_results_follow_the_order_of_their_calls():
     results[1]["content"] = "9"
     assert texts(ASK, calls(*named), *results, ANSWER)[2] == in_order
     _, notices = convert(row_of(ASK, calls(tool_call("Ulm", "a")), tool("9", "b"), ANSWER))
-    assert notices["noticed", "results whose tool_call_id is not the id of a call"] == 1
+    assert notices["noticed", "results whose tool_call_id matches no call"] == 1
+
+
+@given(st.data())
+def test_no_result_is_lost_or_written_twice(data):
+    ids = st.sampled_from(["a", "b", "", None])
+    asked = data.draw(st.lists(ids, min_size=1, max_size=3))
+    names = st.sampled_from([{}, {"name": "depth"}, {"name": "f"}])
+    given = data.draw(st.lists(st.tuples(ids, names), min_size=1, max_size=3))
+    messages = [calls(*[tool_call(call_id=call_id) for call_id in asked])]
+    messages += [tool(str(n), call_id, **name) for n, (call_id, name) in enumerate(given)]
+    said, _ = convert(row_of(ASK, *messages, ANSWER))
+    numbers = said[2].replace("<tool_response>", "").replace("</tool_response>", "").split()
+    assert sorted(numbers) == [str(number) for number in range(len(given))]
 
 
 def test_nulls_in_values_are_left_out_and_counted():
@@ -391,6 +492,34 @@ def test_a_raw_glaive_row():
     assert said == [*expected, "9 metres. USER: is a role."]
 
 
+def test_only_tools_are_taken_out_of_a_raw_glaive_system_text():
+    chat = "USER: Hi\n\n\nASSISTANT: Hello <|endoftext|>"
+    system = 'SYSTEM: Answer as {"answer": 1}. {brace}\n' + json.dumps([TOOL, make_tool("f", "x")])
+    record = prepare.convert_row({"system": system, "chat": chat, "tools": "[]"})
+    assert record["messages"][0]["content"].startswith('Answer as {"answer": 1}. {brace}\n\n')
+    assert json.loads(record["tools"]) == [TOOL, make_tool("f", "x")]
+
+
+HUGE = [
+    row_of(ASK, {"role": "assistant", "content": " " * 500_000 + "x"}),
+    row_of(ASK, {"role": "assistant", "content": "[f(" * 200_000}),
+    {"system": "{" * 300_000, "chat": "USER: Hi\n" + "\n" * 200_000 + "ASSISTANT: Hello"},
+    row_of(ASK, ANSWER, tools="[" * 200_000),
+    row_of({"role": "system", "content": "<tools>" * 100_000}, ASK, ANSWER, tools=[TOOL]),
+    row_of(ASK, calls({"name": "f", "arguments": r'{"a": "' + r"\u00e9" * 100_000 + '"}'})),
+]
+
+
+@pytest.mark.parametrize("number", range(len(HUGE)))
+def test_a_row_of_a_megabyte_is_read_in_seconds(number):
+    start = time.process_time()
+    try:
+        prepare.convert_row(HUGE[number])
+    except ValueError:
+        pass
+    assert time.process_time() - start < 3
+
+
 def test_a_raw_xlam_row():
     answers = [{"name": "depth", "arguments": {"port": port}} for port in ("Ulm", "Kiel")]
     tools = [{"name": "depth", "parameters": {"port": {"type": "str"}}}]
@@ -420,7 +549,8 @@ def test_a_layout_that_is_not_read_is_one_line_with_its_name_and_the_layouts(row
     with pytest.raises(SystemExit) as end:
         prepare.main(["--dataset", str(source), "--output-dir", str(tmp_path / "out")])
     message = end.value.code
-    assert message.startswith("error: ") and "\n" not in message and name in message
+    assert message.startswith("error: none of the 5 rows of ") and "\n" not in message
+    assert name in message and "not supported" in message
     assert '"messages" (OpenAI)' in message and "Glaive v2" in message
     assert not (tmp_path / "out").exists()
 
@@ -517,7 +647,7 @@ def test_a_question_and_its_calls_are_the_same_in_xlam_and_openai(query, made):
 # ---- No key of a row disappears
 
 keys = st.text(min_size=1, max_size=8).map(lambda text: f"x_{text}")
-contents = st.booleans() | st.integers() | st.text(min_size=1) | st.just([{"a": None}])
+contents = st.booleans() | st.integers() | st.text(min_size=1) | st.just([{"a": 0, "b": None}])
 extras = st.dictionaries(keys, contents, max_size=3)
 
 
@@ -625,7 +755,7 @@ def test_a_test_set_of_the_users_own(tmp_path, capsys, monkeypatch):
 BAD_TESTS = [
     (["--test-dataset", "validation"], "is a file without splits"),
     (["--test-dataset", "absent.jsonl"], "absent.jsonl: no such file"),
-    (["--test-size", "1.5"], "--test-size 1.5 cannot be drawn from 3 rows"),
+    (["--test-size", "0.999"], "3 rows are too few to draw a test split"),
 ]
 
 
@@ -641,6 +771,9 @@ def test_options_that_would_have_no_effect_are_refused(capsys):
     with pytest.raises(SystemExit):
         prepare.parse_args(["--test-dataset", "x.jsonl", "--seed", "1"])
     assert "--test-dataset replaces" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        prepare.parse_args(["--dataset", "x.jsonl", "--split", "test"])
+    assert "not for a file" in capsys.readouterr().err
 
 
 # ---- The small files that users' tools produce
@@ -708,8 +841,8 @@ CASE_NOTICES = {
     "r02_available_tools": ['key "uuid" of a row'],
     "r02_functions": ['key "uuid" of a row'],
     "r03_weight": ['key "parallel_tool_calls" of a row', "turns that carry no loss"],
-    "r05_langchain_args": ["results whose tool_call_id is not the id of a call"],
-    "r16_unicode_escapes": ["results whose tool_call_id is not the id of a call"],
+    "r05_langchain_args": ["results whose tool_call_id matches no call"],
+    "r16_unicode_escapes": ["results whose tool_call_id matches no call"],
 }
 
 

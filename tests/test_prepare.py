@@ -93,17 +93,20 @@ def test_the_same_conversation_in_each_layout():
 DROPPED = [
     (["not", "a", "row"], "a row that is not an object"),
     ({"conversations": ["Hi"]}, "a turn that is not an object"),
-    ({"conversations": [{"value": "Hi"}]}, "unknown role None"),
-    ({"id": 1}, "no layout that is read has these keys"),
+    ({"conversations": [{"value": "Hi"}]}, 'a message without "role" or "from"'),
+    ({"id": 1}, "the keys of the row match no supported layout"),
     ({"conversations": 7}, 'no list of turns in "conversations"'),
     (turns(("human", [{"type": "image", "url": "x"}]), HELLO), "a content part that is not text"),
-    (turns(("human", 7), HELLO), "something other than text"),
+    (turns(("human", 7), HELLO), "not text or a list of text parts"),
     (turns(HI, ("gpt", " \n")), "an empty turn with role assistant"),
     (turns(HELLO, HI), "expected a turn with role user, found role assistant"),
     (turns(HI, ("tool", "1"), HELLO), "with role assistant, found role tool"),
     (turns(("system", "Only"), HI), "no assistant turn to train on"),
     (turns(HI, ("function_call", "get_weather(Oslo)")), "neither JSON nor Python"),
-    (turns(HI, ("function_call", '{"name": "f", "parameters": {}}')), '"parameters", but without'),
+    (
+        turns(HI, ("function_call", '{"name": "f", "parameters": {}}')),
+        'the unread key "parameters"',
+    ),
 ]
 
 
@@ -204,10 +207,10 @@ UNREADABLE = [
     ("rows.jsonl", '{"id": 1}\n\n{"id": 2\n{"id": 3}', "line 3 is not valid JSON"),
     ("rows.json", '[\n{"id": 1},\n{"id": 2,,}\n]', "line 3"),
     ("rows.json", "[" * 100_000, "recursion"),
-    ("rows.json", "[]", "no row of 0"),
+    ("rows.json", "[]", "contains no rows"),
     ("rows.jsonl.gz", "no gzip", "Not a gzipped file"),
     ("rows.parquet", "no parquet", "Parquet"),
-    ("rows.jsonl", '{"id": 1}\n' * 9, "no row of 9 is left .* no layout .* has these keys"),
+    ("rows.jsonl", '{"id": 1}\n' * 9, "none of the 9 rows .* match no supported layout"),
     ("absent.jsonl", None, "no such file"),
     ("", None, "any data file"),  # a folder with none
 ]

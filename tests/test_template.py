@@ -98,6 +98,11 @@ CONVERSATIONS = [
     [HI, model("One"), model("moment.", OBJECT), model(None, TEXT), result("1"), HELLO],
     [HI, model('<tool_call>\n{"name": "get_weather"}\n</tool_call>', {"name": "get_weather"})],
     [HI, HELLO, HI, {**HELLO, "weight": 0}],
+    [HI, model("The <tool_call> tag.", OBJECT), result("a <tool_response>"), HELLO],
+    [{"role": "User", "content": "Hi"}, {"role": "Assistant", "content": None, "refusal": "No."}],
+    [HI, {**HELLO, "reasoning_content": "<think>Hello</think>"}],
+    [HI, {**TWO, "tool_calls": [{**call, "id": 0} for call in TWO["tool_calls"]]}, result("1")],
+    [HI, model(None, OBJECT), {"role": "tool", "tool_call_id": "1"}, HELLO],
     [HI, HELLO, user(" Weather? "), model("", OBJECT), result("cold"), model(" Cold. \n")],
     [user(parts("Oslo", "or Rome? ")), model(None, TEXT), result("<tool_response>\n7")],
     [{"role": "developer", "content": "Be kind."}, HI, model("I look.", OBJECT, TEXT)],
@@ -113,7 +118,7 @@ CONVERSATIONS = [
 @pytest.mark.parametrize("messages", CONVERSATIONS)
 def test_openai_messages_with_tools_are_the_text_that_is_trained_on(messages, tools):
     row = {"messages": messages, "tools": tools}
-    is_shown = bool(tools) and "<tools>\n[" not in str(messages[0]["content"])
+    is_shown = bool(tools)
     for before_request in (prepare.THINK_INSTRUCTION, "\n\n"):
         training, serving = make_templates(before_request)
         split = prepare.convert_row(row, before_request)["messages"]
@@ -168,6 +173,8 @@ def write_messages(system, drawn):
             function = {"name": name, "arguments": spelled}
             made.append({"id": f"c{number}", "type": "function", "function": function})
             results.append({"role": "tool", "tool_call_id": f"c{number}", "content": value})
+            if random.random() < 0.1:
+                made[-1]["id"] = random.choice(["c0", 0, "", None])
         random.shuffle(results)
         if made:
             messages += [{"role": "assistant", "content": said, "tool_calls": made, **thought}]
