@@ -630,7 +630,7 @@ def make_error(code: Any, body: Any) -> ServerError:
     if not isinstance(code, int):
         return ServerError(message)
     message = f"HTTP status {code}: {message}"
-    if code == 404:
+    if code == 404 and "model" not in message.lower():
         message += " (the URL of a server usually ends in /v1)"
     return ServerError(message, can_retry=code == 429 or code >= 500)
 
@@ -858,7 +858,7 @@ def results_name(args: argparse.Namespace) -> str:
         return f"predictions-{args.predictions.stem}"
     if args.server:
         return f"server-{name_of(args.server_model)}"
-    if args.adapter and name_of(args.adapter) != default_adapter(args.model).name:
+    if args.adapter and Path(args.adapter).resolve() != default_adapter(args.model).resolve():
         return f"adapter-{name_of(args.adapter)}"
     return FINE_TUNED
 
@@ -1538,14 +1538,16 @@ def compare_runs(
 ) -> Comparison:
     """Judge another run's predictions on the same queries, and list how the two runs differ."""
     theirs = read_run(folder)
-    lists = []
-    for keys in (CONDITIONS, REMARKABLE):
-        changed = [key for key in keys if run.get(key) != theirs.get(key)]
-        words = []
-        for key in changed:
-            values = f"{describe_value(run, key)} here, {describe_value(theirs, key)} there"
-            words.append(f"{RUN_KEYS[key][0]}: {values}")
-        lists.append(words)
+
+    def describe_changes(keys: list[str]) -> list[str]:
+        return [
+            f"{RUN_KEYS[key][0]}: {describe_value(run, key)} here, "
+            f"{describe_value(theirs, key)} there"
+            for key in keys
+            if run.get(key) != theirs.get(key)
+        ]
+
+    recorded = [key for key in REMARKABLE if None not in (run.get(key), theirs.get(key))]
     judged = {}
     if run["test_split_sha256"] == theirs.get("test_split_sha256"):
         judged = judge_predictions(folder / "predictions.jsonl", queries, seen)
@@ -1554,8 +1556,8 @@ def compare_runs(
     return Comparison(
         folder=folder,
         label=str(folder) if has_same_name else folder.name,
-        conditions=lists[0],
-        remarks=lists[1],
+        conditions=describe_changes(CONDITIONS),
+        remarks=describe_changes(recorded),
         is_limit_unknown="predictions file" in (run["source"], theirs.get("source")),
         ours=[turns[key] for key in both],
         theirs=[judged[key] for key in both],
