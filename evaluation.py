@@ -226,6 +226,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         args.name in ("", ".", "..") or Path(args.name).name != args.name
     ):
         parser.error(f"--name {args.name!r} must be the name of a folder, without slashes")
+    if args.name == "difference":
+        parser.error("--name difference is reserved: it is a column of the table")
     if args.name == BASELINE and not args.baseline:
         parser.error(f"--name {BASELINE} is reserved for runs with --baseline")
     return args
@@ -1644,7 +1646,7 @@ def plot_scores(columns: dict[str, dict], title: str, path: Path) -> None:
     axes.set_xlim(0, 1.1)
     axes.set_xticks([0, 0.2, 0.4, 0.6, 0.8, 1])
     axes.set_xlabel("score from 0 to 1, with 95% confidence interval")
-    axes.set_title(title)
+    axes.set_title(textwrap.fill(title, 80))
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside lower center", ncols=2, frameon=False)
     figure.savefig(path, dpi=150)
