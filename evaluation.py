@@ -226,6 +226,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         args.name in ("", ".", "..") or Path(args.name).name != args.name
     ):
         parser.error(f"--name {args.name!r} must be the name of a folder, without slashes")
+    if args.name == "difference":
+        parser.error("--name difference is reserved: it is a column of the table")
     if args.name == BASELINE and not args.baseline:
         parser.error(f"--name {BASELINE} is reserved for runs with --baseline")
     return args
@@ -630,7 +632,7 @@ def make_error(code: Any, body: Any) -> ServerError:
     if not isinstance(code, int):
         return ServerError(message)
     message = f"HTTP status {code}: {message}"
-    if code == 404:
+    if code == 404 and "model" not in message.lower():
         message += " (the URL of a server usually ends in /v1)"
     return ServerError(message, can_retry=code == 429 or code >= 500)
 
@@ -858,7 +860,7 @@ def results_name(args: argparse.Namespace) -> str:
         return f"predictions-{args.predictions.stem}"
     if args.server:
         return f"server-{name_of(args.server_model)}"
-    if args.adapter and name_of(args.adapter) != default_adapter(args.model).name:
+    if args.adapter and Path(args.adapter).resolve() != default_adapter(args.model).resolve():
         return f"adapter-{name_of(args.adapter)}"
     return FINE_TUNED
 
@@ -1538,14 +1540,16 @@ def compare_runs(
 ) -> Comparison:
     """Judge another run's predictions on the same queries, and list how the two runs differ."""
     theirs = read_run(folder)
-    lists = []
-    for keys in (CONDITIONS, REMARKABLE):
-        changed = [key for key in keys if run.get(key) != theirs.get(key)]
-        words = []
-        for key in changed:
-            values = f"{describe_value(run, key)} here, {describe_value(theirs, key)} there"
-            words.append(f"{RUN_KEYS[key][0]}: {values}")
-        lists.append(words)
+
+    def describe_changes(keys: list[str]) -> list[str]:
+        return [
+            f"{RUN_KEYS[key][0]}: {describe_value(run, key)} here, "
+            f"{describe_value(theirs, key)} there"
+            for key in keys
+            if run.get(key) != theirs.get(key)
+        ]
+
+    recorded = [key for key in REMARKABLE if None not in (run.get(key), theirs.get(key))]
     judged = {}
     if run["test_split_sha256"] == theirs.get("test_split_sha256"):
         judged = judge_predictions(folder / "predictions.jsonl", queries, seen)
@@ -1554,8 +1558,8 @@ def compare_runs(
     return Comparison(
         folder=folder,
         label=str(folder) if has_same_name else folder.name,
-        conditions=lists[0],
-        remarks=lists[1],
+        conditions=describe_changes(CONDITIONS),
+        remarks=describe_changes(recorded),
         is_limit_unknown="predictions file" in (run["source"], theirs.get("source")),
         ours=[turns[key] for key in both],
         theirs=[judged[key] for key in both],
@@ -1642,7 +1646,7 @@ def plot_scores(columns: dict[str, dict], title: str, path: Path) -> None:
     axes.set_xlim(0, 1.1)
     axes.set_xticks([0, 0.2, 0.4, 0.6, 0.8, 1])
     axes.set_xlabel("score from 0 to 1, with 95% confidence interval")
-    axes.set_title(title)
+    axes.set_title(textwrap.fill(title, 80))
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside lower center", ncols=2, frameon=False)
     figure.savefig(path, dpi=150)

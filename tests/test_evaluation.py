@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import warnings
@@ -11,6 +12,7 @@ import pytest
 import torch
 from conftest import ROOT, assert_fails_in_one_line, run_here
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import evaluation
@@ -278,6 +280,34 @@ def _raise(error):
     raise error
 
 
+def test_two_adapters_of_one_name_do_not_share_results(evaluate, finished, tmp_path, capsys):
+    other = tmp_path / "a" / "mine"
+    shutil.copytree(finished.adapter, other)
+    results = evaluate("--adapter", str(other), "--limit", "1")
+    before = read_files(results / "adapter-mine")
+    same_name = tmp_path / "b" / "mine"
+    shutil.copytree(finished.adapter, same_name)
+    path = same_name / "adapter_model.safetensors"
+    save_file({name: x * 2 for name, x in load_file(path).items()}, path)
+    for flags, words in [
+        ([], "already contains predictions"),
+        (["--resume"], "adapter was .*a/mine, not .*b/mine"),
+        (["--rescore"], "adapter was .*a/mine, not .*b/mine"),
+        (["--show-failures", "1"], "adapter was .*a/mine, not .*b/mine"),
+    ]:
+        with pytest.raises(SystemExit, match=words):
+            evaluate("--adapter", str(same_name), "--limit", "1", *flags)
+    path.unlink()  # retrained in place: another file under the same name
+    shutil.copy(finished.adapter / path.name, other)
+    save_file({name: x * 2 for name, x in load_file(other / path.name).items()}, other / path.name)
+    with pytest.raises(SystemExit, match="the adapter has changed since"):
+        evaluate("--adapter", str(other), "--limit", "1", "--resume")
+    assert read_files(results / "adapter-mine") == before
+    compare = ["--compare-with", str(results / "adapter-mine")]
+    evaluate("--limit", "1", *compare, "--name", "mine")
+    assert read_metrics(results / "mine")["difference"]["f1"]["value"] == 0  # the same adapter
+
+
 KILLED = """
 import os, signal
 import evaluation
@@ -365,6 +395,7 @@ SERVER = ["--server", "http://127.0.0.1:9/v1", "--server-model", "m"]
     [
         (["--server", "http://127.0.0.1:9"], "--server-model"),
         (["--server", "127.0.0.1:8000/v1", "--server-model", "m"], "must start with http://"),
+        (["--server", "http://me:pw@h/v1", "--server-model", "m"], "must not contain a password"),
         ([*SERVER, "--adapter", "x"], "--adapter has no effect with --server"),
         ([*SERVER, "--predictions", "x"], "--predictions has no effect with --server"),
         ([*SERVER, "--batch-size", "4"], "--batch-size has no effect with --server"),

@@ -697,7 +697,11 @@ def test_results_folders_do_not_collide(tmp_path):
 NAMES = [
     (["--baseline"], "baseline"),
     ([], "fine-tuned"),
-    (["--adapter", "somewhere/LoRA_gemma-3-1b-it-function_calling"], "fine-tuned"),
+    (["--adapter", "./LoRA_gemma-3-1b-it-function_calling/"], "fine-tuned"),
+    (
+        ["--adapter", "a/LoRA_gemma-3-1b-it-function_calling"],
+        "adapter-LoRA_gemma-3-1b-it-function_calling",
+    ),
     (["--adapter", "runs/epochs4/"], "adapter-epochs4"),
     (["--predictions", "a/baseline.jsonl"], "predictions-baseline"),
     (["--server", "http://x/v1", "--server-model", "google/baseline"], "server-baseline"),
