@@ -12,6 +12,7 @@ token, weights left out. Models have random weights, LoRA of rank 16 and dropout
 from __future__ import annotations
 
 import argparse
+import bisect
 
 import workload  # which makes the three scripts importable
 
@@ -37,13 +38,12 @@ def make_empty_model(shape: str, dtype: str):
 
 def longest_kept(model, gpu_bytes: float) -> int:
     """Tokens of each of four conversations in a batch whose activations fit."""
+
+    def memory(length: int) -> float:
+        return train.estimate_memory(model, NUM_CONVERSATIONS * length, checkpointing=False)
+
     usable = train.USABLE_SHARE * gpu_bytes
-    lengths = range(MAX_LENGTH, 0, -1)
-
-    def fits(length: int) -> bool:
-        return train.estimate_memory(model, NUM_CONVERSATIONS * length, False) <= usable
-
-    return next((length for length in lengths if fits(length)), 0)
+    return bisect.bisect_right(range(1, MAX_LENGTH + 1), usable, key=memory)
 
 
 def estimate_rows() -> list[list[str]]:
