@@ -1419,7 +1419,7 @@ def finish(args: argparse.Namespace, model_dir: Path, is_new: bool) -> None:
     if args.push_to_hub:
         push_adapter(args)
     label = "Next        "
-    if not Path("evaluation_results", args.model_name, "base", "metrics.json").is_file():
+    if not Path("evaluation_results", args.model_name, "baseline", "metrics.json").is_file():
         print(f"{label}{evaluation_command(args, '--baseline')}")
         label = " " * len(label)
     print(f"{label}{evaluation_command(args)}")

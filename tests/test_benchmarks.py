@@ -39,7 +39,7 @@ def test_what_a_program_sends_with_tools_is_rendered_as_the_text_that_is_trained
     wording = {"before_tools": prepare.BEFORE_TOOLS, "after_tools": prepare.AFTER_TOOLS}
     wording["before_request"] = prepare.THINK_INSTRUCTION
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "sample/tiny-gemma-3")
-    _, tokenizer.chat_template = train.make_templates(wording)
+    tokenizer.chat_template = train.make_template(wording, tokenizer, "serving")
     for row in json.loads((ROOT / "sample/hermes_sample.json").read_text(encoding="utf-8"))[:200]:
         row["conversations"] = row["conversations"][1:]  # so that step 1 writes the tools itself
         row["conversations"].insert(0, {"from": "system", "value": "Be kind."})

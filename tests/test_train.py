@@ -52,7 +52,7 @@ def build(tiny_model, splits, tmp_path):
         args = train.parse_args(["--model", str(tiny_model), *flags])
         rows, wording = train.read_split(splits / "function_calling_train.jsonl")
         model, tokenizer = train.load_model(tiny_model, torch.float32)
-        template, _ = train.make_templates(wording)
+        template = train.make_template(wording, tokenizer, args.loss_on)
         data = train.build_datasets(conversations or rows, tokenizer, template, args)
         *data, num_dropped = data
         trainer = train.build_trainer(model, tokenizer, *data, args, tmp_path / "run", "cpu")
@@ -85,6 +85,19 @@ def test_one_bos_and_only_model_turns_carry_loss_with_their_end_of_turn(build):
     assert tokenizer.decode(said) == f"{call}<end_of_turn>{answer}<end_of_turn>"
     ids, labels = labels_of(build("--loss-on", "all")[0])
     assert ids == labels
+
+
+def test_a_turn_that_is_marked_train_false_carries_no_loss(build):
+    first = {**CONVERSATION[1], "train": False}
+    marked = [CONVERSATION[0], first, *CONVERSATION[2:]]
+    trainer, _ = build(conversations=[marked] * 5)
+    ids, labels = labels_of(trainer)
+    decode = trainer.processing_class.decode
+    answer = f"{CONVERSATION[3]['content']}<end_of_turn>"
+    assert decode([label for label in labels if label != -100]) == answer
+    all_ids, labels = labels_of(build("--loss-on", "all", conversations=[marked] * 5)[0])
+    without_loss = [token for token, label in zip(ids, labels, strict=True) if label == -100]
+    assert all_ids == ids and decode(without_loss) == f"{first['content']}<end_of_turn>"
 
 
 def test_conversations_over_the_length_are_dropped_and_counted_never_cut(build):

@@ -75,7 +75,8 @@ def measure(args):
     transformers.logging.disable_progress_bar()
     model_dir, split = args.work_dir / "model", args.work_dir / "split.jsonl"
     tokenizer = transformers.AutoTokenizer.from_pretrained(model_dir)
-    _, tokenizer.chat_template = train.make_templates(train.read_split(split)[1])
+    wording = train.read_split(split)[1]
+    tokenizer.chat_template = train.make_template(wording, tokenizer, "serving")
     end_of_turn = tokenizer.convert_tokens_to_ids("<end_of_turn>")
     device, dtype = evaluation.choose_device()
     queries, answers = evaluation.read_queries(split), []

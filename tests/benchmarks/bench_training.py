@@ -38,7 +38,7 @@ def read_own_inputs(work_dir, flags):
     args = train.parse_args(flags)
     conversations, wording = train.read_split(work_dir / "split.jsonl")
     tokenizer = transformers.AutoTokenizer.from_pretrained(work_dir / "model")
-    template, _ = train.make_templates(wording)
+    template = train.make_template(wording, tokenizer, "model-turns")
     training, validation, _ = train.build_datasets(conversations, tokenizer, template, args)
     return args, tokenizer, training, validation
 

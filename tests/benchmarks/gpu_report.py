@@ -111,7 +111,7 @@ def compute_gradients(args: argparse.Namespace) -> None:
     settings = train.parse_args(flags)
     conversations, wording = train.read_split(folder / "split.jsonl")
     model, tokenizer = train.load_model(folder / "model", getattr(torch, args.dtype))
-    template, _ = train.make_templates(wording)
+    template = train.make_template(wording, tokenizer, "model-turns")
     training, validation, _ = train.build_datasets(conversations, tokenizer, template, settings)
     trainer = train.build_trainer(
         model, tokenizer, training, validation, settings, folder / "checkpoints", args.device
