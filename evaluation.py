@@ -563,14 +563,27 @@ RETRY_WAITS = [1, 2, 4, 8, 16]  # seconds before a request is sent again
 MAX_FAILURES_IN_A_ROW = 50  # then the server is considered down
 MAX_MESSAGE_LENGTH = 300  # characters of a server's error message that are kept
 
-# Servers and libraries name two events in many ways. Any other reason is stored unchanged.
-FINISH_REASONS = {
-    **dict.fromkeys(
-        ["stop", "eos", "eos_token", "stop_sequence", "end", "end_turn"], "end_of_turn"
-    ),
-    **dict.fromkeys(["end_of_turn", "tool_calls", "tool_use", "function_call"], "end_of_turn"),
-    **dict.fromkeys(["length", "max_tokens", "max_new_tokens", "max_length"], "max_new_tokens"),
-    **dict.fromkeys(["max_output_tokens", "model_length", "limit"], "max_new_tokens"),
+# Servers and libraries have many words for two events. Any other reason is stored unchanged.
+END_REASONS = {
+    "stop",
+    "eos",
+    "eos_token",
+    "stop_sequence",
+    "end",
+    "end_turn",
+    "end_of_turn",
+    "tool_calls",
+    "tool_use",
+    "function_call",
+}
+LENGTH_REASONS = {
+    "length",
+    "limit",
+    "max_length",
+    "max_new_tokens",
+    "max_output_tokens",
+    "max_tokens",
+    "model_length",
 }
 
 
@@ -583,7 +596,12 @@ class ServerError(Exception):
 
 
 def read_finish_reason(reason: str | None) -> str:
-    return FINISH_REASONS.get(str(reason or "stop").lower(), str(reason))
+    word = str(reason or "stop").lower()
+    if word in END_REASONS:
+        return "end_of_turn"
+    if word in LENGTH_REASONS:
+        return "max_new_tokens"
+    return str(reason)
 
 
 def read_answer(answer: dict) -> tuple[str, str]:
@@ -1619,9 +1637,11 @@ def plot_scores(columns: dict[str, dict], title: str, path: Path) -> None:
     """Draw the main scores with their intervals, one bar for each run that measured them."""
     from matplotlib.figure import Figure
 
-    names = {"turn_right": "Exact calls"}
-    names |= {"function_calling": "Function calling\n(token overlap)"}
-    names |= {"helpful_exchange": "Helpful exchange\n(token overlap)"}
+    names = {
+        "turn_right": "Exact calls",
+        "function_calling": "Function calling\n(token overlap)",
+        "helpful_exchange": "Helpful exchange\n(token overlap)",
+    }
     metrics = [metric for metric in MAIN_METRICS if any(metric in c for c in columns.values())]
     height = 0.8 / len(columns)
     figure = Figure(figsize=(8, 1.2 + 0.55 * len(metrics) * len(columns)), layout="constrained")
