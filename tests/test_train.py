@@ -564,7 +564,7 @@ def test_the_next_commands_can_be_pasted_and_include_the_baseline_until_it_is_th
     tuned = f"{common} --adapter 'my run' {test}"
     baseline = f"python evaluation.py --baseline --model 'tiny model' {test}"
     assert process.stdout.endswith(f"Next        {baseline}\n            {tuned}\n")
-    results = tmp_path / "evaluation_results/tiny model/base"
+    results = tmp_path / "evaluation_results/tiny model/baseline"
     results.mkdir(parents=True)
     (results / "metrics.json").write_text("{}")
     process = run_here(SCRIPT, *command, "--resume", cwd=tmp_path)
