@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # The whole workflow on the sample, from a fresh clone: some five minutes on two CPU cores besides installing, no GPU, no account.
 #
-#   bash sample/run.sh              # anew; replaces the results in sample/run/
-#   bash sample/run.sh --resume     # go on where it was interrupted (with the same other arguments)
+#   bash sample/run.sh              # from scratch; replaces the results in sample/run/
+#   bash sample/run.sh --resume     # continue an interrupted run (with the same other arguments)
 #
 # Other arguments go to the training, such as --seed 43.
 set -euo pipefail
@@ -34,7 +34,7 @@ step() {
     local start=$SECONDS
     ../../.venv/bin/python "../../$1" "${@:2}" || {
         local code=$?
-        [ $code -eq 2 ] || printf '\nTo go on: bash sample/run.sh --resume%s\n' "${training[*]:+ ${training[*]}}"
+        [ $code -eq 2 ] || printf '\nTo continue: bash sample/run.sh --resume%s\n' "${training[*]:+ ${training[*]}}"
         exit $code
     }
     times+=("$(printf '%5d s  %s' $((SECONDS - start)) "$1")")
