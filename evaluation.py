@@ -52,9 +52,7 @@ DEFAULT_TEST_FILE = Path("processed_data/function_calling_test.jsonl")
 DEFAULT_MAX_NEW_TOKENS = 256  # as published
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-
+def add_input_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model")
     group.add_argument(
         "--model",
@@ -97,6 +95,8 @@ def build_parser() -> argparse.ArgumentParser:
         help="Evaluate only the first N conversations. The published run used 300.",
     )
 
+
+def add_generation_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("generation")
     group.add_argument(
         "--max-new-tokens",
@@ -139,6 +139,8 @@ def build_parser() -> argparse.ArgumentParser:
         help=f"Number of requests to send at once. (default: {DEFAULT_CONCURRENCY})",
     )
 
+
+def add_result_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("results")
     group.add_argument(
         "--output-dir",
@@ -182,12 +184,14 @@ def build_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="Compute the scores of existing predictions again, without the model.",
     )
-    return parser
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the arguments, and refuse flags that are invalid or would have no effect."""
-    parser = build_parser()
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    add_input_arguments(parser)
+    add_generation_arguments(parser)
+    add_result_arguments(parser)
     args = parser.parse_args(argv)
     sources = {
         "--adapter": args.adapter,
