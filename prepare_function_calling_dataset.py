@@ -270,11 +270,14 @@ def has_content(value: Any) -> bool:
     return value is not None and value != ""
 
 
+JSON_START = re.compile(r'{\s*["}]|\[\s*{')  # of an object, or of an array of objects
+
+
 def find_json(text: str) -> Iterator[tuple[int, int, Any]]:
-    """Yield (start, end, value) of each JSON object or array within a text."""
+    """Yield (start, end, value) of each JSON object, or array of objects, within a text."""
     decoder = json.JSONDecoder()
     position = 0
-    while match := re.compile(r'{\s*["}]|\[\s*{').search(text, position):
+    while match := JSON_START.search(text, position):
         try:
             value, position = decoder.raw_decode(text, match.start())
         except (ValueError, RecursionError):
@@ -339,24 +342,26 @@ TOOL_KEYS = [
 
 
 def read_tools(value: Any) -> list[dict]:
-    """Return a list of tools from a list, a single tool, or JSON text of either."""
-    if not has_content(value) or str(value).strip() == "None":
+    """Return the tools of a list, of a single tool, or of JSON text of either."""
+    if isinstance(value, str) and value.strip() in ("", "None"):
         return []
     value = parse_sequence(value) if isinstance(value, str) else drop_nulls(value)
-    value = parse_nested(value)
-    if isinstance(value, dict):
-        value = value["tools"] if list(value) == ["tools"] else [value]  # an MCP server's answer
-    tools = []
-    for tool in parse_nested(value) or []:
-        tool = parse_nested(tool)
-        if isinstance(tool, list):  # JSON text of a list, read as a sequence
-            tools += tool
-        elif tool:
-            tools.append(tool)
-    if not all(isinstance(tool, dict) for tool in tools):
-        raise ValueError("a tool that is not an object")
+    tools = list(flatten_tools(value))
     to_json(tools).encode()
     return tools
+
+
+def flatten_tools(value: Any) -> Iterator[dict]:
+    value = parse_nested(value)
+    if isinstance(value, list):
+        for item in value:
+            yield from flatten_tools(item)
+    elif isinstance(value, dict) and list(value) == ["tools"]:  # the answer of an MCP server
+        yield from flatten_tools(value["tools"])
+    elif isinstance(value, dict):
+        yield from [value] if value else []
+    elif value is not None:
+        raise ValueError("a tool that is not an object")
 
 
 def get_names(tool: dict) -> list[str | None]:

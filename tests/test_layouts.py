@@ -105,6 +105,7 @@ TOOLS_ELSEWHERE = [
     row_of({"role": "system", "content": "", "tools": [TOOL]}, ASK, ANSWER),
     row_of(ASK, ANSWER, tools=json.dumps(json.dumps([TOOL]))),
     row_of(ASK, ANSWER, tools={"tools": [TOOL]}),
+    row_of(ASK, ANSWER, tools=json.dumps({"tools": [json.dumps(TOOL)]})),
     row_of(ASK, ANSWER, tools=[], functions=[TOOL]),
     row_of(ASK, ANSWER, tools=[TOOL], functions=[TOOL]),
 ]
@@ -148,6 +149,14 @@ def test_tools_that_the_prompt_shows_one_per_line_are_read():
     system = f"<tools>\n{json.dumps(TOOL)}\n{json.dumps(other)}\n</tools>"
     record = prepare.convert_row(row_of({"role": "system", "content": system}, ASK, ANSWER))
     assert json.loads(record["tools"]) == [TOOL, other]
+
+
+def test_tools_in_json_text_keep_their_nulls():
+    declared = [{**TOOL, "default": None}]
+    for tools in (json.dumps(declared), [json.dumps(declared[0])]):
+        record = prepare.convert_row(row_of(ASK, ANSWER, tools=tools))
+        assert json.loads(record["tools"]) == declared
+    assert json.loads(prepare.convert_row(row_of(ASK, ANSWER, tools=declared))["tools"]) == [TOOL]
 
 
 def test_a_tool_that_is_declared_in_two_forms_is_shown_once():
