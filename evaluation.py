@@ -205,7 +205,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--server and --server-model must be given together")
     if args.server and not args.server.startswith(("http://", "https://")):
         parser.error(f"--server {args.server} must start with http:// or https://")
-    if args.server and "@" in urlsplit(args.server).netloc:
+    try:
+        host = urlsplit(args.server or "").netloc
+    except ValueError:
+        parser.error(f"--server {args.server} is not a valid URL")
+    if "@" in host:
         parser.error("--server must not contain a password. Set OPENAI_API_KEY instead.")
     if args.revision and Path(args.model).expanduser().is_dir():
         parser.error(f"--revision has no effect: --model {args.model} is a local folder")
@@ -554,8 +558,11 @@ def ask_model(
         waiting = waiting[size:]
 
 
+MEMORY_ERRORS = "out of memory|can't allocate memory|not enough memory|ALLOC_FAILED"
+
+
 def is_out_of_memory(error: RuntimeError) -> bool:
-    return re.search("out of memory|ALLOC_FAILED|t allocate memory", str(error)) is not None
+    return re.search(MEMORY_ERRORS, str(error)) is not None
 
 
 # ---- Ask: a server
@@ -643,7 +650,14 @@ def find_message(body: Any) -> str:
         found = values[0]
     if not isinstance(found, str):
         found = json.dumps(found)
-    message = " ".join(re.sub("<[^>]*>", " ", found).split())  # without the tags of an HTML page
+    return " ".join(re.sub("<[^>]*>", " ", found).split())  # without the tags of an HTML page
+
+
+def shorten_error(message: str, secrets: list[str]) -> str:
+    """Remove keys, which some servers repeat in their errors, and then cut a long message."""
+    for secret in secrets:
+        if secret and secret != "EMPTY":
+            message = message.replace(secret, "[key]")
     is_long = len(message) > MAX_MESSAGE_LENGTH
     return message[:MAX_MESSAGE_LENGTH] + "..." if is_long else message
 
@@ -689,9 +703,11 @@ async def send_request(client: "httpx2.AsyncClient", url: str, request: dict) ->
     except httpx2.ReadTimeout:
         raise ServerError(f"no answer within {REQUEST_TIMEOUT} seconds") from None
     except httpx2.TransportError as error:
-        raise ServerError(f"no connection to {url}: {describe_error(error)}", True) from None
+        place = url.partition("?")[0]
+        raise ServerError(f"no connection to {place}: {describe_error(error)}", True) from None
     except (httpx2.HTTPError, httpx2.InvalidURL, ValueError) as error:
-        raise ServerError(f"{url} cannot be used: {describe_error(error)}") from None
+        place = url.partition("?")[0]
+        raise ServerError(f"{place} cannot be used: {describe_error(error)}") from None
     return read_reply(response)
 
 
@@ -723,9 +739,10 @@ async def ask_query(
 
 def chat_url(base_url: str) -> str:
     """The URL to send chat requests to; the full URL is accepted as well."""
-    if "/chat/completions" in base_url:
-        return base_url
-    return f"{base_url.rstrip('/')}/chat/completions"
+    base, mark, query = base_url.partition("?")
+    if not base.endswith("/chat/completions"):
+        base = f"{base.rstrip('/')}/chat/completions"
+    return base + mark + query
 
 
 async def ask_server(
@@ -738,6 +755,11 @@ async def ask_server(
     import httpx2
 
     key = os.environ.get("OPENAI_API_KEY", "").strip() or "EMPTY"
+    if not key.isascii() or not key.isprintable():
+        sys.exit(
+            "error: OPENAI_API_KEY contains a line break or a character that is not ASCII. Set it "
+            "to the key alone."
+        )
     url = chat_url(args.server)
     options = {
         "model": args.server_model,
@@ -758,8 +780,8 @@ async def ask_server(
         for answer in tqdm.as_completed(tasks, desc="Answering", unit=" queries", disable=None):
             query, text, finish_reason, error = await answer
             num_failures = num_failures + 1 if error else 0
-            if error and key != "EMPTY":
-                error = error.replace(key, "[OPENAI_API_KEY]")  # some servers repeat it
+            if error:
+                error = shorten_error(error, [key, urlsplit(args.server).query])
             write(query, text, finish_reason, error)
             if num_failures == MAX_FAILURES_IN_A_ROW:
                 for task in tasks:
@@ -1039,7 +1061,7 @@ def evaluate(args: argparse.Namespace, results_dir: Path, queries: list[dict]) -
             for query in left:
                 writer.write(query, *given[key_of(query)])
         elif args.server:
-            print(f"Server      {args.server_model} on {args.server}", flush=True)
+            print(f"Server      {args.server_model} on {run['server']}", flush=True)
             asyncio.run(ask_server(left, args, writer.write))
         else:
             model, tokenizer = load_for_generation(model_dir, adapter_dir, device, dtype)
@@ -1347,6 +1369,8 @@ def judge_turn(
     verdict = {"failure": None, "problems": problems, "counts": counts, "is_faulty": False}
     if expected is None:
         verdict["is_faulty"] = True
+        if prediction["finish_reason"] == "failed":
+            verdict["failure"] = "failed"
         return verdict
     is_needed = bool(expected)
     is_attempted = calls is None or bool(calls)
@@ -1518,7 +1542,7 @@ PUBLISHED = {
 
 # Two runs are compared only if these agree; a difference in the second list is pointed out.
 CONDITIONS = ["test_split_sha256", "prompt_sha256", "max_new_tokens"]
-REMARKABLE = ["model_path", "commit", "dtype"]
+REMARKED = ["model_path", "commit", "dtype"]
 
 
 @dataclasses.dataclass
@@ -1571,7 +1595,7 @@ def compare_runs(
             if run.get(key) != theirs.get(key)
         ]
 
-    recorded = [key for key in REMARKABLE if None not in (run.get(key), theirs.get(key))]
+    recorded = [key for key in REMARKED if None not in (run.get(key), theirs.get(key))]
     judged = {}
     if run["test_split_sha256"] == theirs.get("test_split_sha256"):
         judged = judge_predictions(folder / "predictions.jsonl", queries, seen)
@@ -1582,7 +1606,7 @@ def compare_runs(
         label=str(folder) if has_same_name else folder.name,
         conditions=describe_changes(CONDITIONS),
         remarks=describe_changes(recorded),
-        is_limit_unknown="predictions file" in (run["source"], theirs.get("source")),
+        is_limit_unknown="predictions file" in (run.get("source"), theirs.get("source")),
         ours=[turns[key] for key in both],
         theirs=[judged[key] for key in both],
     )
@@ -1684,20 +1708,27 @@ def draw_report(
     columns = make_columns(label, turns, comparison)
     name = "scores.png"
     title = f"{run['model']}: {label}, {len(turns):,} queries"
+    comparison_name = "comparison.png"
+    if comparison and not is_default:
+        other = comparison.folder.resolve()
+        comparison_name = f"comparison-with-{other.parent.name}-{other.name}.png"
     if "difference" in columns:
         del columns["difference"]
-        name = "comparison.png" if is_default else f"comparison-with-{comparison.folder.name}.png"
+        name = comparison_name
         title = f"{run['model']}: {comparison.label} and {label}, {len(comparison.ours):,} queries"
     else:
         columns = {label: estimate(turns)}
-        if is_default:
-            (results_dir / "comparison.png").unlink(missing_ok=True)  # no longer true
+        (results_dir / comparison_name).unlink(missing_ok=True)  # no longer true
     plot_scores(columns, title, results_dir / name)
     return results_dir / name
 
 
 def report_results(
-    args: argparse.Namespace, results_dir: Path, queries: list[dict], compare_dir: Path | None
+    args: argparse.Namespace,
+    results_dir: Path,
+    queries: list[dict],
+    seen_tools: set[str] | None,
+    compare_dir: Path | None,
 ) -> list[dict]:
     """Judge the predictions, print their scores next to another run's, write metrics.json.
 
@@ -1705,7 +1736,6 @@ def report_results(
     """
     label = results_dir.name
     run = read_run(results_dir)
-    seen_tools = compare_with_train(queries, args.test_file)
     judged = judge_predictions(results_dir / "predictions.jsonl", queries, seen_tools)
     if not judged:
         sys.exit(
@@ -1740,7 +1770,10 @@ def report_results(
     print(f"Results     {results_dir}/, {num_answered:,} of {len(queries):,} queries answered")
     print(f"Picture     {picture}")
     print_comparison(comparison)
-    published = PUBLISHED.get(run["model"]) if run.get("is_published_split") else None
+    published = None
+    is_local = run.get("source") in ("adapter", "local model")
+    if is_local and run.get("is_published_split"):
+        published = PUBLISHED.get(run["model"])
     print(f"\n{format_scores(columns, published)}\n")
     if published:
         print("published: baseline / fine-tuned (README) / fine-tuned (notebook) of the original\n")
@@ -1842,13 +1875,13 @@ def training_command(args: argparse.Namespace) -> str:
     return shlex.join(command)
 
 
-def next_command(args: argparse.Namespace, argv: list[str], results_dir: Path) -> str:
+def next_command(args: argparse.Namespace, argv: list[str]) -> str:
     """The command to run after this one: train, evaluate the other model, or read failures."""
     modes = ("--resume", "--overwrite", "--rescore")
     flags = [flag for flag in argv if flag not in modes]
     if args.baseline and not default_adapter(args.model).is_dir():
         return training_command(args)
-    if args.baseline and not args.server:
+    if args.baseline and not args.server and not args.name:
         flags.remove("--baseline")
         return shlex.join(["python", "evaluation.py", *flags])
     return shlex.join(["python", "evaluation.py", *flags, "--show-failures", "10"])
@@ -1874,10 +1907,12 @@ def should_generate(args: argparse.Namespace, results_dir: Path) -> bool:
 def run(args: argparse.Namespace, argv: list[str]) -> None:
     results_dir = args.output_dir / name_of(args.model) / results_name(args)
     queries = read_queries(args.test_file, args.limit)
-    compare_dir = find_comparison(args, results_dir)  # fail now, not after hours of generation
+    # Fail now, not after hours of generation.
+    compare_dir = find_comparison(args, results_dir)
+    seen_tools = compare_with_train(queries, args.test_file)
     if should_generate(args, results_dir):
         evaluate(args, results_dir, queries)
-    turns = report_results(args, results_dir, queries, compare_dir)
+    turns = report_results(args, results_dir, queries, seen_tools, compare_dir)
     failed = [turn for turn in turns if turn["failure"] == "failed"]
     if failed:
         num_left = len(queries) - len(turns)
@@ -1888,7 +1923,7 @@ def run(args: argparse.Namespace, argv: list[str]) -> None:
             f"{failed[0]['turn']}: {failed[0].get('error')}"
         )
     if not args.show_failures:
-        print(f"Next        {next_command(args, argv, results_dir)}")
+        print(f"Next        {next_command(args, argv)}")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -1898,14 +1933,17 @@ def main(argv: list[str] | None = None) -> None:
     try:
         run(args, sys.argv[1:] if argv is None else argv)
     except KeyboardInterrupt:
-        sys.exit("interrupted: run the same command with --resume to continue")
+        sys.exit("interrupted: run the same command with --resume (and without --overwrite)")
     except OSError as error:
         place = f"{error.filename}: " if error.filename else ""
         sys.exit(f"error: {place}{describe_error(error)}")
     except RuntimeError as error:
         advice = ""
         if is_out_of_memory(error):
-            advice = ". Pass --resume with a smaller --max-new-tokens, or free some memory."
+            advice = (
+                ". Free some memory and use --resume, or use --overwrite with a smaller "
+                "--max-new-tokens."
+            )
         sys.exit(f"error: {describe_error(error)}{advice}")
 
 

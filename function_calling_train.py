@@ -542,8 +542,8 @@ def fail(message: str) -> NoReturn:
 
 def describe(error: Exception) -> str:
     """The text of an error on one line, without the error number of the operating system."""
-    if isinstance(error, OSError) and error.strerror and error.filename:
-        return f"{error.filename}: {error.strerror}"
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     return " ".join(str(error).split())
 
 
@@ -709,6 +709,9 @@ def choose_device(dtype: str | None = None) -> tuple[str, torch.dtype]:
     import torch
 
     if torch.cuda.is_available():
+        num_gpus = torch.cuda.device_count()
+        if local_rank() >= num_gpus:
+            fail(f"{local_rank() + 1} processes were started for {num_gpus} GPUs")
         torch.cuda.set_device(local_rank())
         device = "cuda"
         has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
@@ -899,7 +902,7 @@ def build_trainer(
 
     num_processes = int(os.environ.get("WORLD_SIZE", 1))
     share = args.conversations_per_step // num_processes
-    batch_size = args.batch_size or (share if device == "cuda" else 1)
+    batch_size = args.batch_size or (max(1, share) if device == "cuda" else 1)
     if not share or args.conversations_per_step % (batch_size * num_processes):
         fail(
             f"--conversations-per-step {args.conversations_per_step} must be a multiple of "
@@ -1002,7 +1005,7 @@ def describe_change(name: str, before: object, now: object) -> str:
     if name == "commit":
         return f"--revision {before}, not {now}" if before else "a local folder as --model"
     flag = "--model" if name == "model_name" else f"--{name.replace('_', '-')}"
-    if before in (None, False):
+    if before is None or before is False:  # but not 0
         return f"no {flag}"
     if before is True:
         return flag
@@ -1073,8 +1076,8 @@ def lock_run(args: argparse.Namespace) -> Iterator[None]:
     try:
         yield
     finally:
-        lock.release()
         (args.checkpoint_dir / "lock").unlink(missing_ok=True)
+        lock.release()
         with contextlib.suppress(OSError):  # not empty: a run can be resumed from it
             args.checkpoint_dir.rmdir()
 
@@ -1267,7 +1270,7 @@ which also apply to this adapter.{data_license}
 RECIPE_IN_WORDS = (
     "LoRA of rank {lora_rank}, alpha {lora_alpha}, dropout {lora_dropout} on all seven "
     "projections; {steps} steps of {conversations_per_step} conversations; AdamW, peak learning "
-    "rate {learning_rate}, 10% warm-up, cosine decay; loss on {loss_on}; {dtype}; seed {seed}"
+    "rate {learning_rate}, 10% warm-up, cosine decay; loss on {loss_on}; {precision}; seed {seed}"
 )
 ADAPTER_FILES = [
     "README.md",
@@ -1334,13 +1337,15 @@ def write_model_card(args: argparse.Namespace, training_run: dict) -> None:
         template = "chat_template.jinja"
         download = f"hf download {address} {template} --local-dir .\n"
     steps = training_run["log_history"][-1]["step"]
+    in_4bit = ", base model in 4 bits" if training_run["load_in_4bit"] else ""
+    precision = training_run["dtype"] + in_4bit
     card = MODEL_CARD.format(
         front_matter=front_matter.to_yaml(),
         name=args.output_dir.name,
         base=args.model,
         source=source,
         num_conversations=len(args.train_file.read_bytes().splitlines()),
-        recipe=RECIPE_IN_WORDS.format(**training_run, steps=steps),
+        recipe=RECIPE_IN_WORDS.format(**training_run, steps=steps, precision=precision),
         loss=best_loss(training_run),
         best_step=training_run["best_step"],
         steps=steps,
@@ -1368,13 +1373,16 @@ def push_adapter(args: argparse.Namespace) -> None:
     print(f"Uploaded    https://huggingface.co/{args.push_to_hub}")
 
 
-def create_repository(repository: str) -> None:
-    """Create the repository of --push-to-hub now, so that a mistake does not cost a training."""
+def create_repository(repository: str) -> str:
+    """Create the repository of --push-to-hub now, so that a mistake does not cost a training.
+
+    Returns its full name: the hub puts the user's name before a name without a slash.
+    """
     from huggingface_hub import HfApi, errors
 
     advice = "Check the name, and run `hf auth login` with a token that may write to it"
     try:
-        HfApi().create_repo(repository, private=True, exist_ok=True)
+        return HfApi().create_repo(repository, private=True, exist_ok=True).repo_id
     except (errors.HfHubHTTPError, errors.LocalTokenNotFoundError, ValueError) as error:
         fail(f"--push-to-hub {repository} cannot be created: {describe(error)}. {advice}")
     except (OSError, errors.HTTPError):
@@ -1449,7 +1457,7 @@ def exit_on_error() -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        sys.exit("interrupted: run the same command with --resume to continue")
+        sys.exit("interrupted: run the same command with --resume (and without --overwrite)")
     except subprocess.CalledProcessError as error:
         if "-shared" not in error.cmd:  # else Triton called the C compiler
             raise
@@ -1501,7 +1509,7 @@ def run(args: argparse.Namespace) -> None:
         if is_main:
             check_earlier_run(args, settings)
             if args.push_to_hub:
-                create_repository(args.push_to_hub)
+                args.push_to_hub = create_repository(args.push_to_hub)
         if args.resume and not is_begun and (args.output_dir / "training_run.json").is_file():
             if is_main:
                 finish(args, model_dir, is_new=False)
@@ -1528,7 +1536,8 @@ def run(args: argparse.Namespace) -> None:
             print(f"{len(validation):,} for validation, {num_dropped:,} dropped ", end="")
             print("(too long, or in an incomplete last step)")
             if args.report_to == "tensorboard":
-                print(f"Tracker     tensorboard --logdir {shlex.quote(str(args.tracker_dir))}")
+                folder = os.environ["TENSORBOARD_LOGGING_DIR"]
+                print(f"Tracker     tensorboard --logdir {shlex.quote(folder)}")
         train(trainer, checkpoint)
         trainer.accelerator.wait_for_everyone()  # every process has read the best checkpoint
         trainer.accelerator.end_training()

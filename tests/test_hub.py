@@ -73,14 +73,16 @@ def test_the_scripts_with_no_flags_and_then_without_a_network(hub, run):
 def test_nothing_is_uploaded_unasked_and_a_token_is_nowhere_written(hub, run, splits, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     api = create_autospec(huggingface_hub.HfApi)
+    api().create_repo.return_value.repo_id = "me/adapter"  # the hub adds the user's name
+    api.reset_mock()
     monkeypatch.setattr(huggingface_hub, "HfApi", api)
     command = [TRAIN, "--train-file", splits / "function_calling_train.jsonl", "--max-steps", "2"]
     assert run(*command).returncode == 0
     assert not api.called and {method for method, _ in hub.requests} == {"HEAD", "GET"}
     (run.work / ADAPTER / "my_token.txt").write_text("a user's own file")
-    process = run(*command, "--resume", "--push-to-hub", "me/adapter")
+    process = run(*command, "--resume", "--push-to-hub", "adapter")
     assert process.returncode == 0, process.stderr
-    api().create_repo.assert_called_once_with("me/adapter", private=True, exist_ok=True)
+    api().create_repo.assert_called_once_with("adapter", private=True, exist_ok=True)
     (upload,) = api().upload_folder.call_args_list
     assert (upload.kwargs["repo_id"], upload.kwargs["folder_path"]) == ("me/adapter", Path(ADAPTER))
     names = [path.name for path in (run.work / ADAPTER).iterdir()]

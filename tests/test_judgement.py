@@ -605,7 +605,7 @@ def test_any_two_runs_are_compared_and_only_the_reported_one_is_written(tmp_path
     (header,) = [line for line in capsys.readouterr().out.splitlines() if "difference" in line]
     assert header.split() == ["n", "predictions-a", "predictions-b", "difference"]
     pictures = {path.name for path in (results / "predictions-b").glob("*.png")}
-    assert pictures == {"scores.png", "comparison-with-predictions-a.png"}
+    assert pictures == {"scores.png", "comparison-with-tiny-gemma-3-predictions-a.png"}
     assert other == {p.name: p.read_bytes() for p in (results / "predictions-a").iterdir()}
     with pytest.raises(SystemExit, match="is the folder of the run itself"):
         score_rows(tmp_path, worse, "--rescore", *flags, name="a.jsonl")
@@ -652,7 +652,11 @@ def test_unlike_runs_are_not_compared_and_the_report_names_why(
     assert {path.name for path in (results / "predictions-b").glob("*.png")} == {"scores.png"}
 
 
-def test_published_figures_are_shown_for_the_published_split_and_model_only(tmp_path, capsys):
+def test_published_figures_are_shown_for_the_published_split_and_model_only(
+    tmp_path, capsys, monkeypatch
+):
+    """And never for a server or a file, whose answers may be from any model."""
+    monkeypatch.chdir(tmp_path)
     model = tmp_path / "gemma-3-1b-it"
     shutil.copytree(SAMPLE_MODEL, model)
     for folder, is_published, sha_of_split in [
@@ -668,6 +672,9 @@ def test_published_figures_are_shown_for_the_published_split_and_model_only(tmp_
         (tmp_path / "processed_data/dataset_info.json").write_text(json.dumps(info))
         capsys.readouterr()
         score_rows(tmp_path, ANSWERS, "--overwrite", model=folder)
+        assert "0.28 / 0.91 / 0.973" not in capsys.readouterr().out
+        command = ["--model", str(folder), "--baseline", "--overwrite"]
+        evaluation.main([*command, "--limit", "1", "--max-new-tokens", "1"])
         is_shown = "0.28 / 0.91 / 0.973" in capsys.readouterr().out
         assert is_shown == (folder is model and is_published and sha_of_split)
 

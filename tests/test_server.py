@@ -1,5 +1,6 @@
 """Step 3 with --server: what is asked, read, retried, named and resumed."""
 
+import asyncio
 import contextlib
 import json
 
@@ -168,7 +169,7 @@ def test_no_hugging_face_token_reaches_a_server(ask, tmp_path, monkeypatch, key)
         monkeypatch.setenv("OPENAI_API_KEY", key)
     said = f"Incorrect API key {key}"
     server = ChatServer(lambda asked, times: echo(asked, 0) if key != "sk-mine" else (401, said))
-    ask(server.url, error=r"Incorrect API key \[OPENAI_API_KEY\]" if key == "sk-mine" else None)
+    ask(server.url, error=r"Incorrect API key \[key\]" if key == "sk-mine" else None)
     assert server.keys == {f"Bearer {key or 'EMPTY'}"}
     assert not any("hf_secret" in text for text in server.headers)
     files = [path for path in (tmp_path / "results").rglob("*") if path.is_file()]
@@ -211,7 +212,7 @@ MESSAGES = [  # how servers report an error; what is printed
     (200, {"choices": [{"error": {"message": "Overloaded", "code": 402}}]}, "402: Overloaded"),
     (200, completion("", "error"), "stopped the answer with finish reason 'error'"),
     (200, b"hello", "not a chat completion: hello"),
-    (400, {"error": {"message": "x" * 5000}}, f"HTTP status 400: {'x' * 300}[.]{{3}}$"),
+    (400, {"error": {"message": "x" * 5000}}, f"HTTP status 400: {'x' * 283}[.]{{3}}$"),
 ]
 
 
@@ -279,3 +280,38 @@ def test_an_answer_that_is_none_is_a_failure_and_no_exception(ask):
     answers = {(p["output"], p["finish_reason"]) for p in predictions}
     assert answers == {("", "failed"), ("x", "content_filter"), ("? x", "end_of_turn")}
     assert metrics["failures"] == {"failed": 8, "no_call": 2}
+
+
+URLS = [
+    ("http://h/v1", "http://h/v1/chat/completions"),
+    ("http://h/v1/", "http://h/v1/chat/completions"),
+    ("http://h/v1/chat/completions", "http://h/v1/chat/completions"),
+    ("http://h/v1?key=secret", "http://h/v1/chat/completions?key=secret"),
+]
+
+
+@pytest.mark.parametrize("given, expected", URLS)
+def test_a_base_url_and_the_full_url_are_accepted(given, expected):
+    assert evaluation.chat_url(given) == expected
+
+
+def test_a_key_is_removed_from_an_error_before_the_error_is_cut():
+    message = "x" * 290 + " sk-verysecretkey " + "x" * 100
+    kept = evaluation.shorten_error(message, ["sk-verysecretkey", ""])
+    assert len(kept) == evaluation.MAX_MESSAGE_LENGTH + 3 and "sk-" not in kept
+
+
+@pytest.mark.parametrize("key", ["sk-abc\nsecretdef", "sk-abc\u2026"])
+def test_a_key_that_no_header_can_hold_is_one_line_without_the_key(key, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    args = evaluation.parse_args(["--server", "http://127.0.0.1:9/v1", "--server-model", "fc"])
+    with pytest.raises(SystemExit) as end:
+        asyncio.run(evaluation.ask_server([], args, print))
+    assert end.value.code.startswith("error: OPENAI_API_KEY") and "sk-" not in end.value.code
+
+
+def test_the_next_command_of_a_named_baseline_reads_its_failures(tmp_path, monkeypatch):
+    argv = ["--baseline", "--name", "base2"]
+    monkeypatch.setattr(evaluation, "default_adapter", lambda model: tmp_path)
+    command = evaluation.next_command(evaluation.parse_args(argv), argv)
+    assert command == "python evaluation.py --baseline --name base2 --show-failures 10"

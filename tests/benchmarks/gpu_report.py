@@ -425,8 +425,14 @@ def main() -> None:
             print(f"running     {name} ...", file=sys.stderr, flush=True)
             command = [sys.executable, __file__, *sys.argv[1:], "--part", name]
             command += ["--work-dir", work_dir]
+            visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+            if name not in ("machine", "two-processes"):  # one card, or torch splits each batch
+                visible = (visible or "0").split(",")[0]
+            part_environment = (
+                environment if visible is None else {**environment, "CUDA_VISIBLE_DEVICES": visible}
+            )
             start = time.monotonic()
-            process = subprocess.run(command, capture_output=True, text=True, env=environment)
+            process = subprocess.run(command, capture_output=True, text=True, env=part_environment)
             seconds = time.monotonic() - start
             text = process.stdout.strip()
             if process.returncode:

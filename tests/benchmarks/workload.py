@@ -159,6 +159,8 @@ def run_sides(script, sides, args, num_conversations):
     """Run the sides one after the other, each in its own process: {side: what it measured}."""
     results, environment = {}, {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
     environment["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0")
+    environment["CUDA_VISIBLE_DEVICES"] = visible.split(",")[0]  # one card, as in the scripts
     if args.threads:
         environment["OMP_NUM_THREADS"] = str(args.threads)
     with tempfile.TemporaryDirectory() as work_dir:
