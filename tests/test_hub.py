@@ -116,10 +116,10 @@ def test_gated_absent_and_offline_are_one_line_each_that_says_what_to_do(
     assert_fails_in_one_line(run(*command, offline="1"), no_network)
     hub.gated.add(repo)
     gated = run(*command)
-    assert_fails_in_one_line(gated, repo[1], "ask for access", "https://")
+    page = f"https://huggingface.co/{'' if script == TRAIN else 'datasets/'}{repo[1]}"
+    assert_fails_in_one_line(gated, page, "run `hf auth login`", "run this command again")
     if script == TRAIN:
-        page = f"Open the model's page https://huggingface.co/{repo[1]}, accept the license"
-        assert_fails_in_one_line(gated, page, "run `hf auth login`", "run this command again")
+        assert_fails_in_one_line(gated, f"Open the model's page {page}, accept the license")
     hub.url = "http://127.0.0.1:9"  # where nobody listens
     assert_fails_in_one_line(run(*command), "network connection" if script == TRAIN else no_network)
     if script == TRAIN:
