@@ -377,7 +377,7 @@ def get_names(tool: dict) -> list[str | None]:
 
 
 def find_tool_blocks(prompt: str) -> list[str]:
-    """Return what is between <tools> and </tools>, wherever the prompt has both."""
+    """Return the texts between <tools> and </tools> in a prompt."""
     pieces = prompt.split("<tools>")[1:]
     return [piece.split("</tools>")[0].strip() for piece in pieces if "</tools>" in piece]
 
@@ -426,7 +426,7 @@ JSON_ESCAPE = re.compile(
 
 
 def write_plain_letters(json_text: str) -> str:
-    """Replace the escapes of JSON text by the characters they stand for, where JSON allows it."""
+    """Replace the \\u escapes of JSON text by their characters, where JSON allows it."""
 
     def decode(match: re.Match) -> str:
         if match[0] == "\\\\":
@@ -732,7 +732,7 @@ def normalize_message(message: Any, notices: Counter) -> dict:
     return normalized
 
 
-# ---- Layouts: each function returns the messages of a row and removes from it what it has read
+# ---- Layouts: each function returns the messages of a row, and removes the keys that it reads
 
 
 def read_openai(row: dict) -> list:
@@ -875,7 +875,7 @@ def normalize_row(row: Any, notices: Counter) -> Conversation:
 
 
 def take_tools(mapping: dict) -> list:
-    """Remove and return what is declared under any of TOOL_KEYS."""
+    """Remove and return the values of all TOOL_KEYS."""
     return [mapping.pop(key) for key in TOOL_KEYS if has_content(mapping.get(key))]
 
 
@@ -1117,7 +1117,7 @@ class Converted(NamedTuple):
 
 
 def convert_rows(rows: list, before_request: str, report: Report) -> list[Converted | None]:
-    """Convert all rows; None stands for a row that is dropped."""
+    """Convert all rows. A row that is dropped becomes None."""
     converted = []
     rows = tqdm(rows, "Converting", unit=" rows", leave=False, disable=None)
     for number, row in enumerate(rows, start=1):
@@ -1180,7 +1180,7 @@ def draw_split(
     try:
         drawn = rows.train_test_split(test_size=test_size, seed=seed)
     except ValueError:
-        fail(f"{len(rows)} rows are too few to draw a test split with --test-size {test_size}")
+        fail(f"too few rows ({len(rows)}) to draw a test split with --test-size {test_size}")
     return {name: [converted[row] for row in drawn[name]["row"]] for name in SPLIT_FILES}
 
 

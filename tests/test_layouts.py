@@ -6,10 +6,11 @@ from collections import Counter
 
 import datasets
 import pytest
-from conftest import SHARED, make_tool, run_here, write_rows
+from conftest import SAMPLE_MODEL, SHARED, make_tool, run_here, write_rows
 from hypothesis import given
 from hypothesis import strategies as st
 
+import evaluation
 import prepare_function_calling_dataset as prepare
 
 TOOL = make_tool("depth", "port")
@@ -764,7 +765,7 @@ def test_a_test_set_of_the_users_own(tmp_path, capsys, monkeypatch):
 BAD_TESTS = [
     (["--test-dataset", "validation"], "is a file without splits"),
     (["--test-dataset", "absent.jsonl"], "absent.jsonl: no such file"),
-    (["--test-size", "0.999"], "3 rows are too few to draw a test split"),
+    (["--test-size", "0.999"], "too few rows .3. to draw a test split"),
 ]
 
 
@@ -916,3 +917,63 @@ def test_each_layout_is_trained_on_and_evaluated(layout, tmp_path, tiny_model):
     metrics = json.loads(path.read_text())
     assert metrics["queries"] == len(said)
     assert metrics["scores"]["function_calling"]["n"] == 4
+
+
+SHARED_CASES = pytest.mark.skipif(not SHARED.is_dir(), reason=f"{SHARED}/cases is not there")
+
+
+@SHARED_CASES
+def test_parallel_calls_in_text_and_their_two_results():
+    row = json.loads((SHARED / "cases/c20_parallel.jsonl").read_text())
+    said = [turn["content"] for turn in prepare.convert_row(row, "\n\n")["messages"]]
+    spelled = [
+        f'{{"name":"get_weather","arguments":{{"city":"{city}"}}}}' for city in ("Oslo", "Rome")
+    ]
+    blocks = [f"<tool_call>\n{text}\n</tool_call>" for text in spelled]
+    expected = ["Weather in Oslo and Rome?", "I look both up.\n" + "\n".join(blocks)]
+    assert said == [*expected, result("7") + "\n" + result("19"), "7 and 19."]
+
+
+# The arguments of a call that fits the tools of a case, and of one that does not.
+VERDICTS = {
+    "c06_arrow_nulls": ({"city": "Oslo"}, {"path": "x"}),
+    "c08_type_dict": ({"city": "Oslo", "days": 2}, {"city": "Oslo", "days": "two"}),
+    "c19b_nullable": ({"city": "Oslo", "day": None}, {"city": "Oslo", "day": 1}),
+    "r07b_input_schema_only": ({"port": "Ulm"}, {"harbour": "Ulm"}),
+    "r14_xlam_raw": ({"port": "Ulm"}, {"harbour": "Ulm"}),
+    "r23_flat_parameters": ({"port": "Ulm"}, {"port": 7}),
+}
+
+
+@SHARED_CASES
+@pytest.mark.parametrize("name", VERDICTS)
+def test_a_call_is_judged_by_the_tools_of_a_case(name):
+    row = json.loads((SHARED / "cases" / f"{name}.jsonl").read_text().splitlines()[0])
+    record = prepare.convert_row(row)
+    declared = evaluation.read_tools(record["tools"])
+    (echo,) = evaluation.parse_calls(record["messages"][1]["content"])
+    assert evaluation.find_problems(echo, declared) == []
+    fits, does_not_fit = VERDICTS[name]
+    assert evaluation.find_problems({**echo, "arguments": fits}, declared) == []
+    assert evaluation.find_problems({**echo, "arguments": does_not_fit}, declared) != []
+
+
+@SHARED_CASES
+@pytest.mark.parametrize(
+    "split, predictions, num_right",
+    [
+        ("good", "c17_pred_toolcalls_null.jsonl", 3),
+        ("r21_int_ids", "r21_int_ids.predictions.jsonl", 3),
+    ],
+)
+def test_predictions_of_a_case_are_matched_and_right(
+    split, predictions, num_right, tmp_path, monkeypatch
+):
+    """Calls that a server parsed itself, and ids that are numbers."""
+    monkeypatch.chdir(tmp_path)
+    run(SHARED / "cases" / f"{split}.jsonl", tmp_path / "processed_data")
+    file = SHARED / "cases" / predictions
+    evaluation.main(["--model", str(SAMPLE_MODEL), "--predictions", str(file)])
+    (path,) = tmp_path.glob("evaluation_results/*/*/metrics.json")
+    exact = json.loads(path.read_text())["scores"]["turn_right"]
+    assert (exact["value"], exact["n"]) == (1, num_right)
