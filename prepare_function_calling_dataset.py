@@ -197,6 +197,16 @@ def explain_load_error(name: str, error: Exception) -> str:
             f"{name} is a gated dataset. Open https://huggingface.co/datasets/{name}, accept its "
             "terms, run `hf auth login`, and run this command again"
         )
+    if "Couldn't reach" in reason:
+        return (
+            f"{name} is not a local file, it is not in the cache, and the hub cannot be reached. "
+            "Check the network connection and HF_HUB_OFFLINE, or pass a file"
+        )
+    if "doesn't exist on the Hub" in reason:
+        return (
+            f"{name} is neither a local file nor a dataset on the hub. Check the spelling. If the "
+            "dataset is private, run `hf auth login` first"
+        )
     if isinstance(error, FileNotFoundError) and is_data_file(name):
         return f"{name}: no such file. Check the path, or pass the id of a hub dataset"
     return f"{name}: {reason}"
@@ -802,17 +812,14 @@ def read_glaive_call(text: str) -> dict:
     return {**parse_literal(text[: quoted.start()] + '"arguments": null}'), "arguments": quoted[1]}
 
 
-# The keys of a row that choose its layout. A new layout is a function and a line here.
+# Each layout with the keys of a row that choose it. A new layout is a function and a line here.
 LAYOUTS = {
-    ("messages",): read_openai,
-    ("conversations",): read_sharegpt,
-    ("query", "answers"): read_xlam,
-    ("chat",): read_glaive,
+    '"messages" (OpenAI)': (["messages"], read_openai),
+    '"conversations" (from/value)': (["conversations"], read_sharegpt),
+    '"query" and "answers" (xLAM, APIGen)': (["query", "answers"], read_xlam),
+    '"system" and "chat" (Glaive v2)': (["chat"], read_glaive),
 }
-LAYOUT_NAMES = (
-    '"messages" (OpenAI), "conversations" (from/value), "query" and "answers" (xLAM, APIGen), '
-    '"system" and "chat" (Glaive v2)'
-)
+LAYOUT_NAMES = ", ".join(LAYOUTS)
 UNREAD_LAYOUTS = {
     "contents": 'Gemini\'s "contents"',
     "prompt": 'TRL\'s "prompt" and "completion"',
@@ -824,7 +831,7 @@ UNREAD_LAYOUTS = {
 
 def read_messages(row: dict) -> list:
     """Return a row's messages as its layout has them. Raises ValueError for an unread layout."""
-    for keys, read_layout in LAYOUTS.items():
+    for keys, read_layout in LAYOUTS.values():
         if all(key in row for key in keys) and has_content(row[keys[0]]):
             messages = read_layout(row)
             if not isinstance(messages, list):
