@@ -52,7 +52,7 @@ THINK_INSTRUCTION = (
 )
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     data = parser.add_argument_group("data")
     data.add_argument(
@@ -101,6 +101,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         action="store_true",
         help="leave out the published sentence that asks the model to think before a call",
     )
+    return parser
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Parse the arguments, and refuse those that are invalid or would have no effect."""
+    parser = build_parser()
     args = parser.parse_args(argv)
     if args.test_dataset and (args.test_size is not None or args.seed is not None):
         parser.error("--test-size and --seed draw a random split, which --test-dataset replaces")
