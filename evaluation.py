@@ -417,6 +417,14 @@ def find_adapter(args: argparse.Namespace) -> tuple[Path, str | None]:
         commit = training_run["commit"]
     if name_of(trained_on) != name_of(args.model):
         sys.exit(f"error: {folder} was trained on {trained_on}. Pass --model {trained_on}.")
+    train_file = args.test_file.with_name("function_calling_train.jsonl")
+    train_hash = training_run.get("train_split_sha256")
+    if train_hash and train_file.is_file() and hash_file(train_file) != train_hash:
+        print(
+            f"warning: {folder} was trained on another train split than {train_file}, so test "
+            "conversations may be among its training data. Train again with --overwrite.",
+            file=sys.stderr,
+        )
     return folder, commit
 
 

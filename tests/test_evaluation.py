@@ -415,3 +415,22 @@ def test_flags_that_are_wrong_or_have_no_effect_are_refused(flags, words, capsys
     with pytest.raises(SystemExit) as end:
         evaluation.parse_args(flags)
     assert end.value.code == 2 and words in capsys.readouterr().err
+
+
+def test_an_adapter_of_another_train_split_is_warned_about(finished, splits, tmp_path, capsys):
+    """Its training data may contain conversations of this test split."""
+    data = tmp_path / "processed_data"
+    data.mkdir()
+    for path in splits.iterdir():
+        (data / path.name).write_bytes(path.read_bytes())
+    trained_on = json.loads((finished.adapter / "training_run.json").read_text())["model"]
+    test_file = str(data / "function_calling_test.jsonl")
+    args = evaluation.parse_args(
+        ["--model", trained_on, "--adapter", str(finished.adapter), "--test-file", test_file]
+    )
+    evaluation.find_adapter(args)
+    assert capsys.readouterr().err == ""
+    with open(data / "function_calling_train.jsonl", "a") as file:
+        file.write("\n")
+    evaluation.find_adapter(args)
+    assert "was trained on another train split" in capsys.readouterr().err
