@@ -1709,23 +1709,27 @@ def plot_scores(columns: dict[str, dict], title: str, path: Path) -> None:
 
 
 def draw_report(
-    results_dir: Path, run: dict, turns: list[dict], comparison: Comparison | None, is_default: bool
+    results_dir: Path,
+    columns: dict[str, dict],
+    metrics: dict,
+    comparison: Comparison | None,
+    is_default: bool,
 ) -> Path:
     """Draw the picture of a report into the folder of its run; return its path."""
     label = results_dir.name
-    columns = make_columns(label, turns, comparison)
+    model = metrics["run"]["model"]
     name = "scores.png"
-    title = f"{run['model']}: {label}, {len(turns):,} queries"
+    title = f"{model}: {label}, {metrics['queries']:,} queries"
     comparison_name = "comparison.png"
     if comparison and not is_default:
         other = comparison.folder.resolve()
         comparison_name = f"comparison-with-{other.parent.name}-{other.name}.png"
     if "difference" in columns:
-        del columns["difference"]
+        columns = {title: columns[title] for title in (comparison.label, label)}
         name = comparison_name
-        title = f"{run['model']}: {comparison.label} and {label}, {len(comparison.ours):,} queries"
+        title = f"{model}: {comparison.label} and {label}, {len(comparison.ours):,} queries"
     else:
-        columns = {label: estimate(turns)}
+        columns = {label: metrics["scores"]}
         (results_dir / comparison_name).unlink(missing_ok=True)  # no longer true
     plot_scores(columns, title, results_dir / name)
     return results_dir / name
@@ -1755,7 +1759,6 @@ def report_results(
     if compare_dir:
         comparison = compare_runs(run, judged, results_dir, compare_dir, queries, seen_tools)
     columns = make_columns(label, turns, comparison)
-    without_repeated = make_columns(label, turns, comparison, with_repeated=False)
     metrics = summarize(turns)
     metrics["repeated_queries"] = [key_of(turn) for turn in turns if turn["is_repeated"]]
     metrics["scores_without_repeated"] = estimate([t for t in turns if not t["is_repeated"]])
@@ -1772,7 +1775,7 @@ def report_results(
     metrics["run"] = run
     path = results_dir / "metrics.json"
     path.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
-    picture = draw_report(results_dir, run, turns, comparison, not args.compare_with)
+    picture = draw_report(results_dir, columns, metrics, comparison, not args.compare_with)
 
     num_answered = len(turns) - metrics["failures"]["failed"]
     print(f"Results     {results_dir}/, {num_answered:,} of {len(queries):,} queries answered")
@@ -1787,6 +1790,7 @@ def report_results(
         print("published: baseline / fine-tuned (README) / fine-tuned (notebook) of the original\n")
     if metrics["repeated_queries"]:
         num_repeated = len(metrics["repeated_queries"])
+        without_repeated = make_columns(label, turns, comparison, with_repeated=False)
         print(f"{num_repeated:,} of these queries are also in the train split. Without them:\n")
         print(f"{format_scores(without_repeated, metrics=MAIN_METRICS)}\n")
     print_counts(metrics)

@@ -134,13 +134,12 @@ def is_data_file(name: str) -> bool:
     return Path(name).is_file() or Path(name).suffix in (".json", ".jsonl", ".gz", ".parquet")
 
 
-def load_file(path: Path) -> list:
-    """Return the rows of a .json, .jsonl, .jsonl.gz or .parquet file."""
+def read_file(path: Path, data: bytes) -> list:
+    """Return the rows of a .json, .jsonl, .jsonl.gz or .parquet file, whose content is `data`."""
     if path.suffix == ".parquet":
         import datasets
 
         return list(datasets.Dataset.from_parquet(str(path)))
-    data = path.read_bytes()
     try:
         text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8-sig")
     except UnicodeDecodeError:
@@ -173,8 +172,8 @@ def load_rows(
 
     datasets.disable_progress_bars()
     if is_data_file(name):
-        rows = load_file(Path(name))
-        return rows, "sha256:" + hashlib.sha256(Path(name).read_bytes()).hexdigest()
+        data = Path(name).read_bytes()
+        return read_file(Path(name), data), "sha256:" + hashlib.sha256(data).hexdigest()
     builder = datasets.load_dataset_builder(name, config, revision=revision)
     builder.download_and_prepare()
     if split is None:
@@ -404,17 +403,11 @@ def shows_tools(prompt: str, names: list[str | None]) -> bool:
     return any(name and name in block for name in names for block in blocks)
 
 
-def collect_tools(sources: list, prompt: str, notices: Counter) -> tuple[list[dict], bool]:
-    """Return (a row's tools, whether all of them can be read).
-
-    The tools are those that `sources` declare, or else those that the prompt shows.
-    """
-    shown = [block for block in find_tool_blocks(prompt) if block.startswith(("[", "{"))]
+def read_sources(sources: list) -> tuple[list[dict], int]:
+    """Return (the tools of all sources, each once; how many sources cannot be read)."""
     tools = []
     num_unreadable = 0
-    for source in sources + shown:
-        if source in shown and tools:
-            break
+    for source in sources:
         try:
             found = read_tools(source)
         except (TypeError, ValueError, RecursionError):
@@ -422,6 +415,19 @@ def collect_tools(sources: list, prompt: str, notices: Counter) -> tuple[list[di
             continue
         known = [tool.get("function", tool) for tool in tools]
         tools += [tool for tool in found if tool.get("function", tool) not in known]
+    return tools, num_unreadable
+
+
+def collect_tools(sources: list, prompt: str, notices: Counter) -> tuple[list[dict], bool]:
+    """Return (a row's tools, whether all of them can be read).
+
+    The tools are those that `sources` declare, or else those that the prompt shows.
+    """
+    tools, num_unreadable = read_sources(sources)
+    if not tools:
+        shown = [block for block in find_tool_blocks(prompt) if block.startswith(("[", "{"))]
+        tools, num_unreadable_shown = read_sources(shown)
+        num_unreadable += num_unreadable_shown
     num_nameless = sum(None in get_names(tool) for tool in tools)
     if num_unreadable or num_nameless:
         notices["noticed", "tools that cannot be read"] += num_unreadable + num_nameless
@@ -995,14 +1001,24 @@ def make_record(
     return record
 
 
+class Converted(NamedTuple):
+    record: dict
+    key: str  # the turns as JSON without the prompt, to find repeated conversations
+
+
+def convert(row: Any, before_request: str, notices: Counter) -> Converted:
+    """Convert a row. Raises ValueError if that is impossible."""
+    conversation = normalize_row(row, notices)
+    turns = render_turns(conversation.messages, notices)
+    record = make_record(conversation, turns, before_request, notices)
+    return Converted(record, key=to_json(turns))
+
+
 def convert_row(
     row: Any, before_request: str = THINK_INSTRUCTION, notices: Counter | None = None
 ) -> dict:
-    """Return the record of a row. Raises ValueError if the row cannot be converted."""
-    notices = Counter() if notices is None else notices
-    conversation = normalize_row(row, notices)
-    turns = render_turns(conversation.messages, notices)
-    return make_record(conversation, turns, before_request, notices)
+    """Return the record of a single row. Raises ValueError if it cannot be converted."""
+    return convert(row, before_request, Counter() if notices is None else notices).record
 
 
 # ---- Checks on finished records
@@ -1124,11 +1140,6 @@ class Report:
                 print(f"  {kind:<9} {entry['count']:,}: {reason} ({where})")
 
 
-class Converted(NamedTuple):
-    record: dict
-    key: str  # the turns as JSON without the prompt, to find repeated conversations
-
-
 def convert_rows(rows: list, before_request: str, report: Report) -> list[Converted | None]:
     """Convert all rows. A row that is dropped becomes None."""
     converted = []
@@ -1136,10 +1147,8 @@ def convert_rows(rows: list, before_request: str, report: Report) -> list[Conver
     for number, row in enumerate(rows, start=1):
         notices = Counter()
         try:
-            conversation = normalize_row(row, notices)
-            turns = render_turns(conversation.messages, notices)
-            record = make_record(conversation, turns, before_request, notices)
-            to_json(record).encode()
+            item = convert(row, before_request, notices)
+            to_json(item.record).encode()
         except (TypeError, ValueError, RecursionError) as error:
             reason = str(error)
             if isinstance(error, UnicodeEncodeError):
@@ -1149,7 +1158,7 @@ def convert_rows(rows: list, before_request: str, report: Report) -> list[Conver
             continue
         for (kind, reason), count in notices.items():
             report.add(kind, reason, number, count)
-        converted.append(Converted(record, key=to_json(turns)))
+        converted.append(item)
     return converted
 
 
