@@ -1,14 +1,16 @@
-"""Train with TRL alone, as its documentation would have one do it, to compare scores with ours.
+"""Train with TRL alone, as its documentation shows, to compare the scores with ours.
 
-    python tests/benchmarks/train_with_trl.py --model MODEL --learning-rate 1e-4 --steps 47
+    python tests/benchmarks/train_with_trl.py --model MODEL --steps 41
     python evaluation.py --model MODEL-trl --baseline
 
-SFTTrainer on `messages` with LoraConfig() and SFTConfig() as they are, but for the learning rate,
-the number of steps, four conversations in each, and use_cpu where there is no GPU. So it cuts
-conversations to 1,024 tokens, and all tokens carry loss. Gemma's own chat template raises an error
-at a tool turn, so tool results stand in user turns, as such a user would put them, and as the
-evaluation of a base model does.
-The merged model is written to <--model>-trl, or to --output-dir.
+SFTTrainer gets the `messages` of the train split, LoraConfig() and SFTConfig(). Only four settings
+differ from the defaults: the learning rate if you choose one, the number of steps, four
+conversations per step, and the precision on CPUs that do not multiply in bfloat16. So all tokens
+carry loss, and conversations are cut to 1,024 tokens. --our-lora replaces LoraConfig() with the
+LoRA settings of function_calling_train.py.
+
+Gemma's own chat template raises an error at a tool turn. Tool results therefore become user turns,
+as in the evaluation of a baseline. The merged model is written to MODEL-trl or --output-dir.
 """
 
 import argparse
@@ -16,48 +18,106 @@ import json
 import time
 from pathlib import Path
 
-import workload  # which makes the three scripts importable
+import workload  # makes the three scripts importable
 
-import evaluation
+import function_calling_train as train
+
+CONVERSATIONS_PER_STEP = 4
 
 
-def build_trainer(model_dir, train_file, output_dir, **settings):
-    """TRL's trainer on four fifths of a train split, drawn with the seed of ours."""
+def read_dataset(train_file: Path):
+    """Four fifths of a train split, as ours holds out a fifth, in the layout that TRL expects."""
     import datasets
+
+    conversations = [row["messages"] for row in workload.read_conversations(train_file)]
+    for messages in conversations:
+        for message in messages:
+            if message["role"] == "tool":
+                message["role"] = "user"
+    dataset = datasets.Dataset.from_dict({"messages": conversations})
+    return dataset.train_test_split(test_size=0.2, seed=42)["train"]
+
+
+def build_trainer(model_dir: Path, train_file: Path, output_dir: Path, our_lora=False, **settings):
+    """TRL's trainer. `settings` are options of SFTConfig and take precedence."""
+    import torch
     from peft import LoraConfig
     from trl import SFTConfig, SFTTrainer
 
-    conversations = [row["messages"] for row in workload.read_conversations(train_file)]
-    for message in (message for messages in conversations for message in messages):
-        message["role"] = "user" if message["role"] == "tool" else message["role"]
-    dataset = datasets.Dataset.from_dict({"messages": conversations})
-    dataset = dataset.train_test_split(test_size=0.2, seed=42)["train"]
-    device, _ = evaluation.choose_device()
-    settings |= {"per_device_train_batch_size": 4, "use_cpu": device == "cpu"}
-    config = SFTConfig(output_dir=output_dir, **settings)
-    return SFTTrainer(str(model_dir), config, train_dataset=dataset, peft_config=LoraConfig())
+    lora = LoraConfig()
+    if our_lora:
+        args = train.parse_args([])
+        lora = LoraConfig(
+            r=args.lora_rank,
+            lora_alpha=args.lora_alpha,
+            lora_dropout=args.lora_dropout,
+            target_modules=train.LORA_TARGETS,
+        )
+    device, dtype = train.choose_device()
+    # Accumulated gradients are those of one batch, and need less memory on a CPU.
+    batch_size = CONVERSATIONS_PER_STEP if device == "cuda" else 1
+    options = {
+        "per_device_train_batch_size": batch_size,
+        "gradient_accumulation_steps": CONVERSATIONS_PER_STEP // batch_size,
+        "use_cpu": device == "cpu",
+        "bf16": dtype == torch.bfloat16,
+    }
+    return SFTTrainer(
+        model=str(model_dir),
+        args=SFTConfig(output_dir=output_dir, **options | settings),
+        train_dataset=read_dataset(train_file),
+        peft_config=lora,
+    )
 
 
-def main():
+def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    add, split = parser.add_argument, Path("processed_data/function_calling_train.jsonl")
-    add("--model", type=Path, required=True, help="folder of the base model")
-    add("--train-file", type=Path, default=split, help="train split (default: %(default)s)")
-    add("--output-dir", type=Path, help="folder of the merged model (default: <--model>-trl)")
-    add("--learning-rate", type=float, default=2e-5, help="(default: TRL's, %(default)s)")
-    add("--steps", type=int, required=True, help="optimizer steps of four conversations")
-    args = parser.parse_args()
+    parser.add_argument("--model", type=Path, required=True, help="Folder of the base model.")
+    parser.add_argument(
+        "--train-file",
+        type=Path,
+        default=train.DEFAULT_TRAIN_FILE,
+        help="Train split written by step 1 (default: %(default)s).",
+    )
+    parser.add_argument(
+        "--output-dir", type=Path, help="Folder of the merged model (default: MODEL-trl)."
+    )
+    parser.add_argument(
+        "--learning-rate",
+        type=float,
+        default=2e-5,
+        help="Peak learning rate (default: %(default)s, the default of TRL).",
+    )
+    parser.add_argument(
+        "--our-lora",
+        action="store_true",
+        help="Use the LoRA settings of function_calling_train.py instead of LoraConfig().",
+    )
+    parser.add_argument(
+        "--steps", type=int, required=True, help="Optimizer steps of four conversations."
+    )
+    return parser.parse_args()
 
+
+def main() -> None:
+    args = parse_args()
     from transformers import AutoTokenizer
 
-    folder = args.output_dir or args.model.with_name(f"{args.model.name}-trl")
-    settings = {"learning_rate": args.learning_rate, "max_steps": args.steps}
-    trainer = build_trainer(args.model, args.train_file, folder, save_strategy="no", **settings)
+    output_dir = args.output_dir or args.model.with_name(f"{args.model.name}-trl")
+    trainer = build_trainer(
+        args.model,
+        args.train_file,
+        output_dir,
+        our_lora=args.our_lora,
+        learning_rate=args.learning_rate,
+        max_steps=args.steps,
+        save_strategy="no",
+    )
     start = time.perf_counter()
     trainer.train()
     seconds = time.perf_counter() - start
-    trainer.model.merge_and_unload().save_pretrained(folder)
-    AutoTokenizer.from_pretrained(args.model).save_pretrained(folder)
+    trainer.model.merge_and_unload().save_pretrained(output_dir)
+    AutoTokenizer.from_pretrained(args.model).save_pretrained(output_dir)
     print(json.dumps({"seconds": seconds, "peak_gb": workload.peak_memory()}))
 
 
