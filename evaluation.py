@@ -33,7 +33,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, NoReturn, Self
 from urllib.parse import urlsplit
 
 import numpy
@@ -52,33 +52,41 @@ DEFAULT_TEST_FILE = Path("processed_data/function_calling_test.jsonl")
 DEFAULT_MAX_NEW_TOKENS = 256  # as published
 
 
+def positive_int(text: str) -> int:
+    value = int(text)
+    if value <= 0:
+        raise argparse.ArgumentTypeError(f"must be greater than 0, not {text}")
+    return value
+
+
 def add_input_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model")
     group.add_argument(
         "--model",
         default=DEFAULT_MODEL,
-        help="Hub id or local folder of the base model. (default: %(default)s)",
+        help="Hub id or local folder of the base model (default: %(default)s).",
     )
     group.add_argument(
         "--revision",
-        help="Branch, tag or commit of a base model on the Hub. (default: the commit that the "
-        "adapter was trained on, or the main branch)",
+        help="Branch, tag or commit of a base model on the Hub (default: the commit that the "
+        "adapter was trained on, or the main branch).",
     )
-    group.add_argument(
+    source = group.add_mutually_exclusive_group()
+    source.add_argument(
         "--adapter",
-        help="Folder or Hub id of a LoRA adapter. (default: LoRA_<model name>-function_calling)",
+        help="Folder or Hub id of a LoRA adapter (default: LoRA_<model name>-function_calling).",
     )
-    group.add_argument(
+    source.add_argument(
         "--baseline",
         action="store_true",
         help="Evaluate the base model without an adapter, with its own chat template.",
     )
-    group.add_argument(
+    source.add_argument(
         "--predictions",
         type=Path,
         metavar="FILE",
-        help="Score predictions made elsewhere. Each line holds conversation_id, turn (the number "
-        "of messages before the predicted one) and output.",
+        help="Score predictions made elsewhere. Each line has a conversation_id, a turn (the "
+        "number of messages before the predicted one) and an output.",
     )
 
     group = parser.add_argument_group("test data")
@@ -86,11 +94,11 @@ def add_input_arguments(parser: argparse.ArgumentParser) -> None:
         "--test-file",
         type=Path,
         default=DEFAULT_TEST_FILE,
-        help="Test split written by step 1. (default: %(default)s)",
+        help="Test split written by step 1 (default: %(default)s).",
     )
     group.add_argument(
         "--limit",
-        type=int,
+        type=positive_int,
         metavar="N",
         help="Evaluate only the first N conversations. The published run used 300.",
     )
@@ -100,21 +108,21 @@ def add_generation_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("generation")
     group.add_argument(
         "--max-new-tokens",
-        type=int,
+        type=positive_int,
         metavar="N",
         help="Maximum length of an output in tokens. With --predictions: the limit under which "
-        f"the predictions were made. (default: {DEFAULT_MAX_NEW_TOKENS})",
+        f"the predictions were made (default: {DEFAULT_MAX_NEW_TOKENS}).",
     )
     group.add_argument(
         "--batch-size",
-        type=int,
+        type=positive_int,
         metavar="N",
-        help="Number of queries to generate at once. (default: as many as fit a token budget)",
+        help="Number of queries to generate at once (default: as many as fit a token budget).",
     )
     group.add_argument(
         "--dtype",
         choices=["bfloat16", "float32"],
-        help="Data type of the weights. (default: bfloat16 where the hardware supports it)",
+        help="Data type of the weights (default: bfloat16 where the hardware supports it).",
     )
 
     group = parser.add_argument_group(
@@ -134,9 +142,9 @@ def add_generation_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--concurrency",
-        type=int,
+        type=positive_int,
         metavar="N",
-        help=f"Number of requests to send at once. (default: {DEFAULT_CONCURRENCY})",
+        help=f"Number of requests to send at once (default: {DEFAULT_CONCURRENCY}).",
     )
 
 
@@ -146,25 +154,26 @@ def add_result_arguments(parser: argparse.ArgumentParser) -> None:
         "--output-dir",
         type=Path,
         default=Path("evaluation_results"),
-        help="Folder for the results of all models. (default: %(default)s)",
+        help="Folder for the results of all models (default: %(default)s).",
     )
     group.add_argument(
         "--name",
-        help="Name of the results folder of this run. (default: baseline; fine-tuned for the "
-        "default adapter; else adapter-, server- or predictions- and the name)",
+        help="Name of the results folder of this run (default: baseline, fine-tuned for the "
+        "default adapter, or adapter-X, server-X or predictions-X).",
     )
     group.add_argument(
         "--compare-with",
         type=Path,
         metavar="FOLDER",
-        help="Results folder of the run to compare with. (default: the baseline of the model)",
+        help="Results folder of the run to compare with. Existing predictions are reused "
+        "(default: the baseline of the model).",
     )
     group.add_argument(
         "--show-failures",
-        type=int,
+        type=positive_int,
         default=0,
         metavar="N",
-        help="Print N failures, grouped by class. Existing results are not generated again.",
+        help="Print N failures, grouped by class. Existing predictions are reused.",
     )
 
     group = parser.add_argument_group("existing results (choose one)")
@@ -193,14 +202,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add_generation_arguments(parser)
     add_result_arguments(parser)
     args = parser.parse_args(argv)
-    sources = {
-        "--adapter": args.adapter,
-        "--baseline": args.baseline,
-        "--predictions": args.predictions,
-    }
-    given = [flag for flag, value in sources.items() if value]
-    if len(given) > 1:
-        parser.error(f"{given[0]} and {given[1]} exclude each other")
     if bool(args.server) != bool(args.server_model):
         parser.error("--server and --server-model must be given together")
     if args.server and not args.server.startswith(("http://", "https://")):
@@ -224,12 +225,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                 parser.error(f"--{name.replace('_', '-')} has no effect with {cause}")
     if args.concurrency and not args.server:
         parser.error("--concurrency has no effect without --server")
-    for name in ("limit", "batch_size", "max_new_tokens", "concurrency"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            parser.error(f"--{name.replace('_', '-')} must be at least 1, not {value}")
-    if args.show_failures < 0:
-        parser.error(f"--show-failures must not be negative, as {args.show_failures} is")
     if args.name is not None and (
         args.name in ("", ".", "..") or Path(args.name).name != args.name
     ):
@@ -241,7 +236,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-# ---- Files
+# ---- Files and errors
+
+
+def fail(message: str) -> NoReturn:
+    """End the program with one line on standard error."""
+    sys.exit(f"error: {message}")
 
 
 @contextlib.contextmanager
@@ -250,7 +250,7 @@ def exit_on_error(subject: object) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        sys.exit(f"error: {subject}: {describe_error(error)}")
+        fail(f"{subject}: {describe_error(error)}")
 
 
 def describe_error(error: BaseException) -> str:
@@ -277,10 +277,10 @@ def read_jsonl(path: Path, ignore_cut_line: bool = False) -> Iterator[tuple[str,
             continue
         try:
             value = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            sys.exit(f"error: {place} is not valid JSON ({error}). Each line must hold one object.")
+        except (ValueError, RecursionError):
+            fail(f"{place} is not valid JSON. Each line must be one JSON object.")
         if not isinstance(value, dict):
-            sys.exit(f"error: {place} is not a JSON object. Each line must hold one object.")
+            fail(f"{place} is not a JSON object. Each line must be one JSON object.")
         yield place, value
 
 
@@ -299,21 +299,21 @@ def read_queries(path: Path, limit: int | None = None) -> list[dict]:
     Turns that are marked "train": false are part of later prompts, but they are not queries.
     """
     if not path.is_file():
-        sys.exit(f"error: {path} not found. Run prepare_function_calling_dataset.py first.")
+        fail(f"{path} not found. Run prepare_function_calling_dataset.py first.")
     queries = []
     for place, row in itertools.islice(read_jsonl(path), limit):
         try:
             queries += list_queries(row)
         except (KeyError, TypeError, AttributeError) as error:
-            sys.exit(
-                f"error: {place} is not a line of a split ({describe_error(error)}). Pass the "
+            fail(
+                f"{place} is not a line of a split ({describe_error(error)}). Pass the "
                 f"{DEFAULT_TEST_FILE.name} that prepare_function_calling_dataset.py writes."
             )
     if not queries:
-        sys.exit(f"error: {path} contains no model turn to evaluate")
+        fail(f"{path} contains no model turn to evaluate")
     repeated_ids = [key for key, n in Counter(map(key_of, queries)).items() if n > 1]
     if repeated_ids:
-        sys.exit(f"error: {path} contains the conversation id {repeated_ids[0][0]!r} twice")
+        fail(f"{path} contains the conversation id {repeated_ids[0][0]!r} twice")
     return queries
 
 
@@ -370,27 +370,27 @@ def find_folder(
     try:
         folder = huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=files)
     except errors.GatedRepoError:
-        sys.exit(
-            f"error: {name} is gated: open https://huggingface.co/{name}, accept the license, "
-            "run `hf auth login`, and run this again"
+        fail(
+            f"{name} is gated. Open https://huggingface.co/{name}, accept the license, run "
+            "`hf auth login`, and run this command again."
         )
     except (errors.RepositoryNotFoundError, errors.HFValidationError):
-        sys.exit(
-            f"error: {name} is neither a local folder nor a repository on the Hugging Face Hub. "
+        fail(
+            f"{name} is neither a local folder nor a repository on the Hugging Face Hub. "
             "Check the spelling. If the repository is private, run `hf auth login` first."
         )
     except errors.RevisionNotFoundError:
-        sys.exit(f"error: {name} has no revision {revision} on the Hugging Face Hub")
+        fail(f"{name} has no revision {revision} on the Hugging Face Hub")
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled):
         is_offline = huggingface_hub.constants.HF_HUB_OFFLINE
         cause = "HF_HUB_OFFLINE is set" if is_offline else "the Hugging Face Hub cannot be reached"
         remedy = "Run with HF_HUB_OFFLINE=0" if is_offline else "Check the network"
-        sys.exit(
-            f"error: {name} is not a local folder, {cause}, and the download cache does not "
+        fail(
+            f"{name} is not a local folder, {cause}, and the download cache does not "
             f"contain it. {remedy}, or pass a local folder."
         )
     except Exception as error:
-        sys.exit(f"error: downloading {name} failed: {describe_error(error)}")
+        fail(f"downloading {name} failed: {describe_error(error)}")
     return Path(folder), Path(folder).name
 
 
@@ -401,14 +401,20 @@ def find_adapter(args: argparse.Namespace) -> tuple[Path, str | None]:
     else:
         folder = default_adapter(args.model)
         if not folder.is_dir():
-            sys.exit(
-                f"error: {folder} not found. Run `{training_command(args)}` first, or pass "
-                "--adapter for another adapter or --baseline for the model before training."
+            fail(
+                f"{folder} not found. If --model {args.model} is correct, run "
+                f"`{training_command(args)}` first, or pass --adapter for another adapter or "
+                "--baseline for the model before training."
             )
     path = folder / "training_run.json"
+    if not path.is_file() and Path(f"{folder}-checkpoints", "run.json").is_file():
+        fail(
+            f"the training of {folder} is not finished. To continue it, run the same command of "
+            "function_calling_train.py again with --resume, not --overwrite."
+        )
     if not path.is_file():
-        sys.exit(
-            f"error: {folder} is not a finished adapter: it contains no training_run.json. "
+        fail(
+            f"{folder} is not a finished adapter: it contains no training_run.json. "
             "Pass the folder that function_calling_train.py wrote."
         )
     with exit_on_error(path):
@@ -416,7 +422,7 @@ def find_adapter(args: argparse.Namespace) -> tuple[Path, str | None]:
         trained_on = training_run["model"]
         commit = training_run["commit"]
     if name_of(trained_on) != name_of(args.model):
-        sys.exit(f"error: {folder} was trained on {trained_on}. Pass --model {trained_on}.")
+        fail(f"{folder} was trained on {trained_on}. Pass --model {trained_on}.")
     train_file = args.test_file.with_name("function_calling_train.jsonl")
     train_hash = training_run.get("train_split_sha256")
     if train_hash and train_file.is_file() and hash_file(train_file) != train_hash:
@@ -764,8 +770,8 @@ async def ask_server(
 
     key = os.environ.get("OPENAI_API_KEY", "").strip() or "EMPTY"
     if not key.isascii() or not key.isprintable():
-        sys.exit(
-            "error: OPENAI_API_KEY contains a line break or a character that is not ASCII. Set it "
+        fail(
+            "OPENAI_API_KEY contains a line break or a character that is not ASCII. Set it "
             "to the key alone."
         )
     url = chat_url(args.server)
@@ -965,9 +971,7 @@ def describe_run(args: argparse.Namespace) -> dict:
 def read_run(results_dir: Path) -> dict:
     path = results_dir / "run.json"
     if not path.is_file() or not (results_dir / "predictions.jsonl").is_file():
-        sys.exit(
-            f"error: {results_dir} contains no evaluation: run.json or predictions.jsonl is missing"
-        )
+        fail(f"{results_dir} contains no evaluation: run.json or predictions.jsonl is missing")
     with exit_on_error(path):
         return dict(json.loads(path.read_text(encoding="utf-8")))
 
@@ -989,10 +993,10 @@ def check_same_run(run: dict, results_dir: Path) -> None:
         else:
             changes.append(f"{name} was {before}, not {now}")
     if changes:
-        sys.exit(
-            f"error: {results_dir} contains predictions of a different run: {'; '.join(changes)}. "
-            "Use the original flags and files, --overwrite to replace these results, or --name "
-            "for results of another name."
+        fail(
+            f"{results_dir} contains predictions of a different run: {'; '.join(changes)}. "
+            "Use the original flags and files, --overwrite to replace these results, or --name to "
+            "write to another folder."
         )
 
 
@@ -1015,8 +1019,8 @@ def match_answers(path: Path, queries: list[dict]) -> dict[tuple[str, str], tupl
         missing = [key for key in ("conversation_id", "turn") if key not in row]
         missing += [] if has_output else ["output"]
         if missing:
-            sys.exit(
-                f"error: {place} has no {missing[0]!r}; its keys are {', '.join(row)}. Each line "
+            fail(
+                f"{place} has no {missing[0]!r}; its keys are {', '.join(row)}. Each line "
                 "needs conversation_id, turn and output."
             )
         with exit_on_error(place):
@@ -1025,8 +1029,8 @@ def match_answers(path: Path, queries: list[dict]) -> dict[tuple[str, str], tupl
     matched = {key: answers[key] for key in ours if key in answers}
     if not matched:
         theirs = next(iter(answers), ("none", "none"))
-        sys.exit(
-            f"error: no prediction in {path} matches a query of the test split. {path} has "
+        fail(
+            f"no prediction in {path} matches a query of the test split. {path} has "
             f'conversation_id "{theirs[0]}" with turn {theirs[1]}, the test split has '
             f'conversation_id "{ours[0][0]}" with turn {ours[0][1]}.'
         )
@@ -1049,7 +1053,7 @@ def evaluate(args: argparse.Namespace, results_dir: Path, queries: list[dict]) -
         run["adapter_sha256"] = hash_file(adapter_dir / "adapter_model.safetensors")
     model_dir, run["commit"] = find_folder(args.model, revision, with_weights=is_local)
     if (model_dir / "adapter_config.json").is_file():
-        sys.exit(f"error: {model_dir} is an adapter. Pass it as --adapter and its base as --model.")
+        fail(f"{model_dir} is an adapter. Pass it as --adapter and its base as --model.")
     with exit_on_error(model_dir / "tokenizer.json"):
         scorer = Tokenizer.from_buffer((model_dir / "tokenizer.json").read_bytes())
     if is_local:
@@ -1078,8 +1082,8 @@ def evaluate(args: argparse.Namespace, results_dir: Path, queries: list[dict]) -
             for query, text, finish_reason in progress:
                 writer.write(query, text, finish_reason)
     if writer.unwritten:
-        sys.exit(
-            f"error: none of {len(writer.unwritten)} queries was answered, and nothing was stored. "
+        fail(
+            f"none of {len(writer.unwritten)} queries was answered, and nothing was stored. "
             f"The first error: {writer.first_error}"
         )
 
@@ -1450,19 +1454,19 @@ def compare_with_train(queries: list[dict], test_file: Path) -> set[str] | None:
 
 # ---- Judge: means and intervals
 
-METRICS = [  # keys in metrics.json
-    "function_calling",
-    "helpful_exchange",
-    "name_right",
-    "arguments_right",
-    "turn_right",
-    "turn_right_seen_tools",
-    "turn_right_unseen_tools",
-    "valid_call",
-    "precision",
-    "recall",
-    "f1",
-]
+METRICS = {  # keys in metrics.json, and rows of the printed table
+    "turn_right": "exact calls",
+    "turn_right_seen_tools": "... tools seen in training",
+    "turn_right_unseen_tools": "... unseen tools",
+    "function_calling": "function calling",
+    "helpful_exchange": "helpful exchange",
+    "name_right": "function names right",
+    "arguments_right": "arguments right",
+    "valid_call": "valid calls",
+    "precision": "call precision",
+    "recall": "call recall",
+    "f1": "call F1",
+}
 NUM_SAMPLES = 2000  # of the bootstrap
 
 
@@ -1475,7 +1479,7 @@ def resample(turns: list[dict]) -> tuple[numpy.ndarray, numpy.ndarray]:
     for turn in turns:
         sums = sums_of.setdefault(turn["conversation_id"], numpy.zeros((len(METRICS), 2)))
         for metric, pair in turn["counts"].items():
-            sums[METRICS.index(metric)] += pair
+            sums[list(METRICS).index(metric)] += pair
     sums = numpy.array(list(sums_of.values()))
     share = numpy.full(len(sums), 1 / len(sums))
     drawn = numpy.random.default_rng(0).multinomial(len(sums), share, size=NUM_SAMPLES)
@@ -1520,19 +1524,6 @@ def summarize(turns: list[dict]) -> dict:
 
 # ---- Report
 
-LABELS = {  # rows of the printed table
-    "turn_right": "exact calls",
-    "turn_right_seen_tools": "... tools seen in training",
-    "turn_right_unseen_tools": "... unseen tools",
-    "function_calling": "function calling",
-    "helpful_exchange": "helpful exchange",
-    "name_right": "function names right",
-    "arguments_right": "arguments right",
-    "valid_call": "valid calls",
-    "precision": "call precision",
-    "recall": "call recall",
-    "f1": "call F1",
-}
 MAIN_METRICS = ["turn_right", "function_calling", "helpful_exchange"]
 
 # Baseline, fine-tuned (README) and fine-tuned (notebook) of the original, on its first 300 test
@@ -1574,7 +1565,7 @@ def find_comparison(args: argparse.Namespace, results_dir: Path) -> Path | None:
         if folder == results_dir or not (folder / "predictions.jsonl").is_file():
             return None
     elif folder.resolve() == results_dir.resolve():
-        sys.exit(f"error: --compare-with {folder} is the folder of the run itself")
+        fail(f"--compare-with {folder} is the folder of the run itself")
     read_run(folder)
     return folder
 
@@ -1641,7 +1632,7 @@ def make_columns(
 def format_scores(
     columns: dict[str, dict],
     published: dict[str, str] | None = None,
-    metrics: Iterable[str] = LABELS,
+    metrics: Iterable[str] = METRICS,
 ) -> str:
     """A table of scores. n is the number of queries, calls or attempts that a score is about."""
     rows = [["", "n", *columns, *(["published"] if published else [])]]
@@ -1660,7 +1651,7 @@ def format_scores(
                 counts.append(scores[metric]["n"])
         if counts:
             figures = [published.get(metric, "")] if published else []
-            rows.append([LABELS[metric], "/".join(map(str, counts)), *cells, *figures])
+            rows.append([METRICS[metric], "/".join(map(str, counts)), *cells, *figures])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for label, *cells in rows:
@@ -1688,7 +1679,8 @@ def plot_scores(columns: dict[str, dict], title: str, path: Path) -> None:
         places = [metrics.index(metric) + (number + 0.5) * height - 0.4 for metric in measured]
         values = numpy.array([scores[metric]["value"] for metric in measured])
         bounds = numpy.array([scores[metric]["interval"] for metric in measured]).reshape(-1, 2)
-        color = ["#9aa5b1", "#1f6fb4"][number - len(columns)]
+        is_other = label == BASELINE or (len(columns) == 2 and number == 0)
+        color = "#9aa5b1" if is_other else "#1f6fb4"
         axes.barh(places, values, height * 0.92, color=color, label=label)
         axes.hlines(places, bounds[:, 0], bounds[:, 1], color="#222222", linewidth=1.2)
         for place, value, high in zip(places, values, bounds[:, 1], strict=True):
@@ -1750,8 +1742,8 @@ def report_results(
     run = read_run(results_dir)
     judged = judge_predictions(results_dir / "predictions.jsonl", queries, seen_tools)
     if not judged:
-        sys.exit(
-            f"error: {results_dir} answers no query of {args.test_file}. Use --overwrite to "
+        fail(
+            f"{results_dir} answers no query of {args.test_file}. Use --overwrite to "
             "evaluate again."
         )
     turns = list(judged.values())
@@ -1772,6 +1764,7 @@ def report_results(
         }
     if "difference" in columns:
         metrics["difference"] = columns["difference"]
+    metrics["labels"] = METRICS
     metrics["run"] = run
     path = results_dir / "metrics.json"
     path.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
@@ -1906,13 +1899,13 @@ def should_generate(args: argparse.Namespace, results_dir: Path) -> bool:
         return False
     if args.resume or args.overwrite or not (results_dir / "predictions.jsonl").exists():
         return True
-    if args.show_failures:
+    if args.show_failures or args.compare_with:
         check_same_run(describe_run(args), results_dir)
         return False
-    sys.exit(
-        f"error: {results_dir} already contains predictions. Use --resume to continue them, "
-        "--rescore to report them again, --overwrite to replace them, or --name for results of "
-        "another name."
+    fail(
+        f"{results_dir} already contains predictions. Use --resume to continue them, "
+        "--rescore to report them again, --overwrite to replace them, or --name to write to "
+        "another folder."
     )
 
 
@@ -1929,8 +1922,8 @@ def run(args: argparse.Namespace, argv: list[str]) -> None:
     if failed:
         num_left = len(queries) - len(turns)
         left = f", and {num_left} queries were not asked" if num_left else ""
-        sys.exit(
-            f"error: {len(failed)} queries failed and count as wrong{left}. Use --resume to ask "
+        fail(
+            f"{len(failed)} queries failed and count as wrong{left}. Use --resume to ask "
             f"them again. The first is conversation {failed[0]['conversation_id']}, turn "
             f"{failed[0]['turn']}: {failed[0].get('error')}"
         )
@@ -1945,10 +1938,10 @@ def main(argv: list[str] | None = None) -> None:
     try:
         run(args, sys.argv[1:] if argv is None else argv)
     except KeyboardInterrupt:
-        sys.exit("interrupted: run the same command with --resume (and without --overwrite)")
+        sys.exit("interrupted: to continue, run the same command with --resume, not --overwrite")
     except OSError as error:
         place = f"{error.filename}: " if error.filename else ""
-        sys.exit(f"error: {place}{describe_error(error)}")
+        fail(f"{place}{describe_error(error)}")
     except RuntimeError as error:
         advice = ""
         if is_out_of_memory(error):
@@ -1956,7 +1949,7 @@ def main(argv: list[str] | None = None) -> None:
                 ". Free some memory and use --resume, or use --overwrite with a smaller "
                 "--max-new-tokens."
             )
-        sys.exit(f"error: {describe_error(error)}{advice}")
+        fail(f"{describe_error(error)}{advice}")
 
 
 if __name__ == "__main__":

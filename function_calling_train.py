@@ -363,7 +363,7 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--revision",
-        help="Branch, tag or commit of the model on the hub (default: the main branch).",
+        help="Branch, tag or commit of a model on the Hub (default: the main branch).",
     )
     group.add_argument(
         "--train-file",
@@ -375,8 +375,9 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-length",
         type=positive_int,
         default=4096,
-        help="Longest conversation, in tokens. Longer ones are dropped and counted, never cut "
-        "(default: %(default)s).",
+        metavar="N",
+        help="Maximum length of a conversation in tokens. Longer conversations are dropped and "
+        "counted, never cut (default: %(default)s).",
     )
     group.add_argument(
         "--validation-size",
@@ -421,7 +422,7 @@ def add_optimization_arguments(parser: argparse.ArgumentParser) -> None:
         "--epochs",
         type=positive_float,
         default=1.0,
-        help="Passes over the training conversations (default: %(default)s).",
+        help="Number of passes over the training conversations (default: %(default)s).",
     )
     group.add_argument(
         "--max-steps",
@@ -433,7 +434,9 @@ def add_optimization_arguments(parser: argparse.ArgumentParser) -> None:
         "--conversations-per-step",
         type=positive_int,
         default=4,
-        help="Effective batch size, in conversations (default: %(default)s).",
+        metavar="N",
+        help="Effective batch size: number of conversations per optimizer step "
+        "(default: %(default)s).",
     )
     group.add_argument(
         "--learning-rate",
@@ -455,14 +458,15 @@ def add_hardware_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--dtype",
         choices=["bfloat16", "float32"],
-        help="Precision of the base model (default: bfloat16 where the hardware multiplies in it, "
-        "else float32). The LoRA weights are always float32.",
+        help="Data type of the base model (default: bfloat16 where the hardware supports it, else "
+        "float32). The LoRA weights are always float32.",
     )
     group.add_argument(
         "--batch-size",
         type=positive_int,
-        help="Conversations processed at once on one device. The rest of a step is accumulated "
-        "(default: all conversations of a step on CUDA, else 1).",
+        metavar="N",
+        help="Number of conversations to process at once on one device. The gradients of the rest "
+        "of a step are accumulated (default: all conversations of a step on CUDA, else 1).",
     )
     group.add_argument(
         "--activation-checkpointing",
@@ -487,23 +491,23 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--resume",
         action="store_true",
-        help="Continue an interrupted run from its last checkpoint. For a finished run, only "
-        "--merge and --push-to-hub are carried out.",
+        help="Continue an interrupted run from its last checkpoint. With a finished run, only "
+        "--merge and --push-to-hub have an effect.",
     )
     group.add_argument(
         "--overwrite",
         action="store_true",
-        help="Start over and replace the run that the output folder contains.",
+        help="Start over and replace the run in the output folder.",
     )
     group.add_argument(
         "--merge",
         action="store_true",
-        help="Also write base model and adapter, merged, to <output dir>-merged.",
+        help="Also write the base model with the adapter merged into it, to <output dir>-merged.",
     )
     group.add_argument(
         "--push-to-hub",
         metavar="REPO",
-        help="Upload the adapter to this hub repository. A new repository is private.",
+        help="Upload the adapter to this repository on the Hub. A new repository is private.",
     )
     group.add_argument(
         "--report-to",
@@ -523,7 +527,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add_run_arguments(parser)
     args = parser.parse_args(argv)
     if args.resume and args.overwrite:
-        parser.error("--resume continues a run and --overwrite replaces it: pass only one of them")
+        parser.error("--resume continues a run and --overwrite replaces it. Pass only one of them.")
     args.model_name = Path(args.model).expanduser().resolve().name
     args.default_output_dir = Path(f"LoRA_{args.model_name}-function_calling")
     args.output_dir = args.output_dir or args.default_output_dir
@@ -555,26 +559,37 @@ def local_rank() -> int:
 def read_split(path: Path) -> tuple[list[list[dict]], dict[str, str]]:
     """Return the messages of each conversation, and the wording from dataset_info.json."""
     advice = (
-        "run prepare_function_calling_dataset.py first, or pass its train split as --train-file"
+        "Run prepare_function_calling_dataset.py first, or pass its train split as --train-file."
     )
     info = path.with_name("dataset_info.json")
     for file in (path, info):
         if not file.is_file():
-            fail(f"{file} does not exist: {advice}")
+            fail(f"{file} does not exist. {advice}")
     try:
         wording = json.loads(info.read_text("utf-8"))["prompt"]
     except (ValueError, KeyError, TypeError):
-        fail(f"{info} does not contain the wording of the prompts: {advice}")
+        fail(f"{info} does not contain the wording of the prompts. {advice}")
     conversations = []
     with open(path, encoding="utf-8") as lines:
         for number, line in enumerate(lines, start=1):
             try:
-                conversations.append(json.loads(line)["messages"])
-            except ValueError:
-                fail(f"{path}, line {number} is not valid JSON: {advice}")
-            except (KeyError, TypeError):
-                fail(f'{path}, line {number} has no "messages": {advice}')
+                conversations.append(read_messages(line))
+            except (ValueError, KeyError, TypeError):
+                fail(f"{path}, line {number} is not a line of a split. {advice}")
     return conversations, wording
+
+
+def read_messages(line: str) -> list[dict]:
+    """Return the messages of a line of a split. Raises an error for a row that step 1 must read."""
+    row = json.loads(line)
+    messages = row["messages"]
+    is_split = isinstance(row["tools"], str | None)
+    for message in messages:
+        is_text = isinstance(message["content"], str)
+        is_split = is_split and is_text and message["role"] in ("user", "assistant", "tool")
+    if not is_split:
+        raise ValueError
+    return messages
 
 
 def make_template(wording: dict[str, str], tokenizer: PreTrainedTokenizerBase, use: str) -> str:
@@ -599,40 +614,40 @@ def make_template(wording: dict[str, str], tokenizer: PreTrainedTokenizerBase, u
 
 
 def find_model(args: argparse.Namespace) -> tuple[Path, str | None]:
-    """Return (folder, commit) of --model: a local folder (commit None), or a downloaded hub id."""
+    """Return (folder, commit) of --model: a local folder (commit None), or a downloaded Hub id."""
     from huggingface_hub import constants, errors, snapshot_download
 
     folder = Path(args.model).expanduser()
     if folder.is_dir():
         if args.revision:
-            fail(f"--revision is for models on the hub, but --model {folder} is a local folder")
+            fail(f"--revision is for models on the Hub, but --model {folder} is a local folder.")
         return folder, None
     page = f"https://huggingface.co/{args.model}"
     files = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
     try:
         folder = Path(snapshot_download(args.model, revision=args.revision, allow_patterns=files))
     except errors.GatedRepoError as error:
-        said = f" (the hub says: {describe(error.server_message)})" if error.server_message else ""
+        said = f" (The Hub says: {describe(error.server_message)})" if error.server_message else ""
         fail(
             f"access to --model {args.model} is restricted. Open the model's page {page}, accept "
-            f"the license, run `hf auth login`, and run this command again{said}"
+            f"the license, run `hf auth login`, and run this command again.{said}"
         )
     except errors.RepositoryNotFoundError:
         fail(
-            f"--model {args.model} is neither a local folder nor a model on the hub. Check the "
-            "name; for a private model, run `hf auth login` first"
+            f"--model {args.model} is neither a local folder nor a model on the Hub. Check the "
+            "name. If the model is private, run `hf auth login` first."
         )
     except errors.RevisionNotFoundError:
-        fail(f"--revision {args.revision} does not exist; see {page}/tree/main for those that do")
+        fail(f"--revision {args.revision} does not exist. See {page}/tree/main for those that do.")
     except errors.LocalEntryNotFoundError:
-        reason = "the hub cannot be reached. Check the network connection"
+        reason = "the Hub cannot be reached. Check the network connection"
         if constants.HF_HUB_OFFLINE:
             reason = "HF_HUB_OFFLINE=1 forbids downloads. Set HF_HUB_OFFLINE=0"
-        fail(f"--model {args.model} is not on this machine, and {reason}, or pass a local folder")
+        fail(f"--model {args.model} is not on this machine, and {reason}, or pass a local folder.")
     except errors.HFValidationError:
-        fail(f"--model {args.model} is neither a local folder nor a valid hub id")
+        fail(f"--model {args.model} is neither a local folder nor a valid Hub id.")
     except (OSError, errors.HTTPError) as error:
-        fail(f"--model {args.model} cannot be downloaded from the hub: {describe(error)}")
+        fail(f"--model {args.model} cannot be downloaded from the Hub: {describe(error)}")
     return folder, folder.name
 
 
@@ -643,7 +658,7 @@ def load_model(
     import transformers
 
     if (folder / "adapter_config.json").is_file():
-        fail(f"{folder} is a LoRA adapter; pass its base model as --model")
+        fail(f"{folder} is a LoRA adapter. Pass its base model as --model.")
     options = {"dtype": dtype, "attn_implementation": "sdpa", "use_safetensors": True}
     if in_4bit:
         options["device_map"] = {"": local_rank()}
@@ -653,7 +668,7 @@ def load_model(
     try:
         model_type = transformers.AutoConfig.from_pretrained(folder).model_type
         if model_type != "gemma3_text":
-            fail(f"{folder} has model type {model_type}; only Gemma 3 text models are supported")
+            fail(f"{folder} has model type {model_type}. Only Gemma 3 text models are supported.")
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
         model = transformers.AutoModelForCausalLM.from_pretrained(folder, **options)
     except (OSError, ValueError, ImportError, RuntimeError) as error:
@@ -667,7 +682,7 @@ def build_datasets(
     template: str,
     args: argparse.Namespace,
 ) -> tuple[Dataset, Dataset, int]:
-    """Return (training set, validation set, number of conversations left out).
+    """Return (training set, validation set, number of dropped conversations).
 
     Rows have input_ids and assistant_masks: 1 for each token that carries loss, which in model
     turns includes <end_of_turn>. TRL turns them into labels.
@@ -693,15 +708,15 @@ def build_datasets(
     if len(short) < 2:
         fail(
             f"{len(short)} of {len(dataset)} conversations fit --max-length {args.max_length}, and "
-            "at least 2 are needed. Raise --max-length, or prepare more data"
+            "at least 2 are needed. Raise --max-length, or prepare more data."
         )
     split = short.train_test_split(test_size=args.validation_size, seed=args.seed)
     num_training = len(split["train"])
     num_extra = num_training % args.conversations_per_step
     if num_extra < num_training:  # else the set is smaller than one step, and all of it is kept
         num_training -= num_extra
-    training = split["train"].select(range(num_training))
-    return training, split["test"], len(dataset) - num_training - len(split["test"])
+    num_dropped = len(dataset) - num_training - len(split["test"])
+    return split["train"].select(range(num_training)), split["test"], num_dropped
 
 
 def choose_device(dtype: str | None = None) -> tuple[str, torch.dtype]:
@@ -711,7 +726,7 @@ def choose_device(dtype: str | None = None) -> tuple[str, torch.dtype]:
     if torch.cuda.is_available():
         num_gpus = torch.cuda.device_count()
         if local_rank() >= num_gpus:
-            fail(f"{local_rank() + 1} processes were started for {num_gpus} GPUs")
+            fail(f"{local_rank() + 1} processes were started for {num_gpus} GPUs.")
         torch.cuda.set_device(local_rank())
         device = "cuda"
         has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
@@ -790,15 +805,14 @@ class StopOnNaN:
             if not math.isfinite(logs.get(key, 0.0)):
                 fail(
                     f"training diverged ({name} is {logs[key]} at step {state.global_step}). "
-                    "Restart with --overwrite and a lower --learning-rate"
+                    "Restart with --overwrite and a lower --learning-rate."
                 )
 
 
 class ReportProgress:
-    """Adds the seconds so far to the log, earlier parts of a resumed run included.
+    """Prints a line at each validation and otherwise once a minute, next to any progress bar.
 
-    Outside a terminal, where there is no progress bar, it prints a line at each validation and
-    otherwise once a minute.
+    It also adds the seconds so far to the log, including the earlier parts of a resumed run.
     """
 
     seconds_before = 0.0
@@ -809,6 +823,7 @@ class ReportProgress:
         self.last_line = self.start
 
     def on_train_begin(self, args, state, control, **kwargs):
+        super().on_train_begin(args, state, control, **kwargs)  # the progress bar
         earlier = [entry["seconds"] for entry in state.log_history if "seconds" in entry]
         self.seconds_before = earlier[-1] if earlier else 0.0
         self.first_step = state.global_step
@@ -816,19 +831,22 @@ class ReportProgress:
         self.last_line = self.start
 
     def on_log(self, args, state, control, logs=None, **kwargs):
+        from tqdm import tqdm
+
         now = time.monotonic()
         seconds = now - self.start
         state.log_history[-1]["seconds"] = round(self.seconds_before + seconds, 2)
         name = "validation loss" if "eval_loss" in logs else "loss"
         loss = logs.get("eval_loss", logs.get("loss"))
         is_due = "eval_loss" in logs or now - self.last_line >= 60
-        if not args.disable_tqdm or not state.is_world_process_zero or loss is None or not is_due:
+        if not state.is_world_process_zero or loss is None or not is_due:
             return
         self.last_line = now
         seconds_per_step = seconds / max(1, state.global_step - self.first_step)
         seconds_left = seconds_per_step * (state.max_steps - state.global_step)
         steps = f"{state.global_step:,} of {state.max_steps:,}"
-        print(f"Step        {steps}, {name} {loss:.4f}, {seconds_left:,.0f} s left", flush=True)
+        tqdm.write(f"Step        {steps}, {name} {loss:.4f}, {seconds_left:,.0f} s left")
+        sys.stdout.flush()
 
 
 def with_base(mixin: type, base: type) -> type:
@@ -877,7 +895,7 @@ def make_config(
         logging_steps=0.01,
         logging_nan_inf_filter=False,
         report_to=args.report_to,
-        disable_tqdm=not sys.stderr.isatty(),
+        disable_tqdm=True,  # ReportProgress takes the place of the Trainer's own reports
     )
 
 
@@ -898,6 +916,7 @@ def build_trainer(
     import torch
     import transformers
     from peft import LoraConfig
+    from transformers.trainer_callback import ProgressCallback
     from trl import SFTTrainer
 
     num_processes = int(os.environ.get("WORLD_SIZE", 1))
@@ -906,7 +925,7 @@ def build_trainer(
     if not share or args.conversations_per_step % (batch_size * num_processes):
         fail(
             f"--conversations-per-step {args.conversations_per_step} must be a multiple of "
-            f"--batch-size {batch_size} times the number of processes, {num_processes}"
+            f"--batch-size {batch_size} times the number of processes, {num_processes}."
         )
     checkpointing = bool(args.activation_checkpointing)
     if args.activation_checkpointing is None and device == "cuda":
@@ -926,8 +945,13 @@ def build_trainer(
     )
     is_labelled = device != "cuda" and args.loss_on == "model-turns"
     trainer_class = with_base(LabelledTrainer, SFTTrainer) if is_labelled else SFTTrainer
-    callbacks = [with_base(StopOnNaN, transformers.TrainerCallback)()]
-    callbacks.append(with_base(ReportProgress, transformers.TrainerCallback)())
+    progress_base = transformers.TrainerCallback
+    if sys.stderr.isatty():
+        progress_base = ProgressCallback
+    callbacks = [
+        with_base(StopOnNaN, transformers.TrainerCallback)(),
+        with_base(ReportProgress, progress_base)(),
+    ]
     trainer = trainer_class(
         model,
         make_config(
@@ -939,7 +963,7 @@ def build_trainer(
         peft_config=lora,
         callbacks=callbacks,
     )
-    trainer.remove_callback(transformers.PrinterCallback)  # ReportProgress prints fewer lines
+    trainer.remove_callback(transformers.PrinterCallback)
     for parameter in trainer.model.parameters():
         if parameter.requires_grad:  # TRL makes the adapter of a 4-bit model bf16
             parameter.data = parameter.data.float()
@@ -1021,13 +1045,13 @@ def check_earlier_run(args: argparse.Namespace, run: dict) -> None:
         if args.output_dir.is_dir() and any(args.output_dir.iterdir()):
             fail(
                 f"--output-dir {args.output_dir} contains files that are not from a training run. "
-                "Choose a new folder"
+                "Choose a new folder."
             )
     elif args.resume:
         try:
             before = json.loads(earlier.read_text(encoding="utf-8"))
         except ValueError:
-            fail(f"cannot resume: {earlier} is damaged. Use --overwrite to start over")
+            fail(f"cannot resume: {earlier} is damaged. Use --overwrite to start over.")
         changes = [
             describe_change(name, before.get(name), value)
             for name, value in run.items()
@@ -1036,18 +1060,18 @@ def check_earlier_run(args: argparse.Namespace, run: dict) -> None:
         if changes:
             fail(
                 f"cannot resume: this run was started with {' and '.join(changes)}. "
-                "Use the original flags, or --overwrite to start over"
+                "Use the original flags, or --overwrite to start over."
             )
     elif not args.overwrite:
         state = "an unfinished run" if earlier == begun else "a finished run"
         fail(
             f"{args.output_dir} already contains {state}. Use --resume to continue it, --overwrite "
-            "to start over, or another --output-dir"
+            "to start over, or another --output-dir."
         )
     if args.merge and args.merged_dir.is_dir() and not is_merged_model(args.merged_dir):
         fail(
             f"{args.merged_dir} contains files that are not from --merge. Move it away, or choose "
-            "another --output-dir"
+            "another --output-dir."
         )
 
 
@@ -1071,7 +1095,7 @@ def lock_run(args: argparse.Namespace) -> Iterator[None]:
     except filelock.Timeout:
         fail(
             f"another process is training into {args.output_dir} right now. Wait until it has "
-            "finished, or choose another --output-dir"
+            "finished, or choose another --output-dir."
         )
     try:
         yield
@@ -1173,6 +1197,10 @@ def write_results(
     training_run = {
         **run,
         "model": args.model,
+        "conversations": {
+            "training": len(trainer.train_dataset),
+            "validation": len(trainer.eval_dataset),
+        },
         "seconds": max(entry.get("seconds", 0.0) for entry in state.log_history),
         "peak_memory_gb": round(peak_memory(), 2),
         "best_step": state.best_global_step,
@@ -1214,7 +1242,7 @@ A LoRA adapter that teaches {base} to call functions.
 | | |
 |---|---|
 | Base model | {base} |
-| Training data | {source}, {num_conversations} conversations |
+| Training data | {source}: {training} conversations for training, {validation} for validation |
 | Recipe | {recipe} |
 | Validation loss | {loss:.4f} nats per token, at step {best_step} of {steps} |
 
@@ -1294,10 +1322,11 @@ def describe_scores(args: argparse.Namespace) -> str:
         if metrics.get("run", {}).get("adapter_sha256") != adapter_sha256:
             continue
         rows = ["| score | value | 95% CI | n |", "|---|---|---|---|"]
+        labels = metrics.get("labels", {})
         for name, score in metrics["scores"].items():
             if score.get("value") is not None:
                 low, high = score["interval"]
-                label = name.replace("_", " ")
+                label = labels.get(name, name.replace("_", " "))
                 rows.append(
                     f"| {label} | {score['value']:.3f} | {low:.3f}, {high:.3f} | {score['n']} |"
                 )
@@ -1320,7 +1349,7 @@ def write_model_card(args: argparse.Namespace, training_run: dict) -> None:
     is_published = info.get("is_published_split", False)
     is_hub_model = training_run["commit"] is not None
     front_matter = ModelCardData(
-        base_model=args.model if is_hub_model else None,  # the hub accepts only its own ids
+        base_model=args.model if is_hub_model else None,  # the Hub accepts only its own ids
         datasets=[PUBLISHED_DATA] if is_published else None,
         library_name="peft",
         license="gemma",
@@ -1344,7 +1373,7 @@ def write_model_card(args: argparse.Namespace, training_run: dict) -> None:
         name=args.output_dir.name,
         base=args.model,
         source=source,
-        num_conversations=len(args.train_file.read_bytes().splitlines()),
+        **training_run["conversations"],
         recipe=RECIPE_IN_WORDS.format(**training_run, steps=steps, precision=precision),
         loss=best_loss(training_run),
         best_step=training_run["best_step"],
@@ -1376,19 +1405,19 @@ def push_adapter(args: argparse.Namespace) -> None:
 def create_repository(repository: str) -> str:
     """Create the repository of --push-to-hub now, so that a mistake does not cost a training.
 
-    Returns its full name: the hub puts the user's name before a name without a slash.
+    Returns its full name: the Hub puts the user's name before a name without a slash.
     """
     from huggingface_hub import HfApi, errors
 
-    advice = "Check the name, and run `hf auth login` with a token that may write to it"
+    advice = "Check the name, and run `hf auth login` with a token that may write to it."
     try:
         return HfApi().create_repo(repository, private=True, exist_ok=True).repo_id
     except (errors.HfHubHTTPError, errors.LocalTokenNotFoundError, ValueError) as error:
         fail(f"--push-to-hub {repository} cannot be created: {describe(error)}. {advice}")
     except (OSError, errors.HTTPError):
         fail(
-            f"--push-to-hub {repository}: cannot connect to the hub. Check the network connection, "
-            "or train without --push-to-hub and upload later with --resume --push-to-hub"
+            f"--push-to-hub {repository}: cannot connect to the Hub. Check the network connection, "
+            "or train without --push-to-hub and upload later with --resume --push-to-hub."
         )
 
 
@@ -1457,7 +1486,7 @@ def exit_on_error() -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        sys.exit("interrupted: run the same command with --resume (and without --overwrite)")
+        sys.exit("interrupted: to continue, run the same command with --resume, not --overwrite")
     except subprocess.CalledProcessError as error:
         if "-shared" not in error.cmd:  # else Triton called the C compiler
             raise
@@ -1470,10 +1499,10 @@ def exit_on_error() -> Iterator[None]:
             fail(
                 f"memory ran out ({textwrap.shorten(text, 150)}). Run the same command with "
                 "--resume --batch-size 1 --activation-checkpointing. If that is not enough, start "
-                "over with --overwrite and a smaller --max-length"
+                "over with --overwrite and a smaller --max-length."
             )
         if "inline_container" in text:  # torch.save
-            fail("a checkpoint cannot be written. Free some disk space and continue with --resume")
+            fail("a checkpoint cannot be written. Free some disk space and continue with --resume.")
         if "installed" in text:  # the package of a tracker or of --load-in-4bit
             fail(text)
         raise
@@ -1490,8 +1519,28 @@ def fail_without_compiler() -> NoReturn:
     fail(
         "Triton, which computes the loss on CUDA, cannot compile. It needs a C compiler and the "
         "headers of Python: on Debian or Ubuntu, run `apt install gcc python3-dev`, then the same "
-        "command with --resume"
+        "command with --resume."
     )
+
+
+def print_start(
+    trainer: SFTTrainer,
+    dtype: str,
+    checkpoint: Path | None,
+    num_dropped: int,
+    args: argparse.Namespace,
+) -> None:
+    start = f"continuing from {checkpoint}" if checkpoint else "starting from scratch"
+    print(f"Model       {args.model}, {dtype} on {trainer.args.device.type}, {start}")
+    print(
+        f"Data        {len(trainer.train_dataset):,} conversations for training, "
+        f"{len(trainer.eval_dataset):,} for validation, {num_dropped:,} dropped "
+        f"(over {args.max_length:,} tokens, or in an incomplete last step)",
+        flush=True,
+    )
+    if args.report_to == "tensorboard":
+        folder = os.environ["TENSORBOARD_LOGGING_DIR"]
+        print(f"Tracker     tensorboard --logdir {shlex.quote(folder)}")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -1500,7 +1549,7 @@ def run(args: argparse.Namespace) -> None:
     conversations, wording = read_split(args.train_file)
     device, dtype = choose_device(args.dtype)
     if args.load_in_4bit and device != "cuda":
-        fail(f"--load-in-4bit needs a CUDA GPU, and this machine has none (device: {device})")
+        fail(f"--load-in-4bit needs a CUDA GPU, and this machine has none (device: {device}).")
     model_dir, commit = find_model(args)
     settings = describe_run(args, commit, dtype)
     begun = args.checkpoint_dir / "run.json"
@@ -1530,14 +1579,7 @@ def run(args: argparse.Namespace) -> None:
             if not (args.resume and is_begun):
                 remove_checkpoints(args.checkpoint_dir)
                 begun.write_text(json.dumps(settings, indent=2), encoding="utf-8")
-            start = f"continues from {checkpoint}" if checkpoint else "starts at step 0"
-            print(f"Model       {args.model}, {settings['dtype']} on {device}, {start}")
-            print(f"Data        {len(training):,} conversations for training, ", end="")
-            print(f"{len(validation):,} for validation, {num_dropped:,} dropped ", end="")
-            print("(too long, or in an incomplete last step)")
-            if args.report_to == "tensorboard":
-                folder = os.environ["TENSORBOARD_LOGGING_DIR"]
-                print(f"Tracker     tensorboard --logdir {shlex.quote(folder)}")
+            print_start(trainer, settings["dtype"], checkpoint, num_dropped, args)
         train(trainer, checkpoint)
         trainer.accelerator.wait_for_everyone()  # every process has read the best checkpoint
         trainer.accelerator.end_training()

@@ -58,48 +58,57 @@ def build_parser() -> argparse.ArgumentParser:
     data.add_argument(
         "--dataset",
         default=DEFAULT_DATASET,
-        help="rows to convert: a .json, .jsonl, .jsonl.gz or .parquet file, a folder of such "
-        "files, or the id of a hub dataset (default: %(default)s)",
+        help="Rows to convert: a .json, .jsonl, .jsonl.gz or .parquet file, a folder of such "
+        "files, or the id of a dataset on the Hub (default: %(default)s).",
     )
     data.add_argument(
         "--config",
-        help=f"configuration of the hub dataset (default for the published one: {DEFAULT_CONFIG})",
+        help="Configuration of a dataset on the Hub (default for the published dataset: "
+        f"{DEFAULT_CONFIG}).",
     )
     data.add_argument(
-        "--split", default="train", help="split of the hub dataset to read (default: %(default)s)"
+        "--split",
+        default="train",
+        help="Split of a dataset on the Hub (default: %(default)s).",
     )
-    data.add_argument("--revision", help="branch, tag or commit of the hub dataset")
+    data.add_argument(
+        "--revision",
+        help="Branch, tag or commit of a dataset on the Hub (default: the main branch).",
+    )
     data.add_argument(
         "--output-dir",
         type=Path,
         default=DEFAULT_OUTPUT_DIR,
-        help="folder for the two splits and dataset_info.json (default: %(default)s)",
+        help="Folder for the two splits and dataset_info.json. Existing splits are replaced "
+        "(default: %(default)s).",
     )
     split = parser.add_argument_group("train and test split")
     split.add_argument(
         "--test-dataset",
-        help="your own test set: a file, a hub id, or the name of a split of --dataset; "
-        "all rows of --dataset are then used for training (default: draw a random split)",
+        help="Your own test set: a file, a Hub id, or the name of a split of --dataset. All rows "
+        "of --dataset are then used for training (default: draw a random test split).",
     )
     split.add_argument(
         "--test-size",
         type=float,
-        help=f"fraction of the rows used for the test split (default: {DEFAULT_TEST_SIZE})",
+        help=f"Fraction of the rows that becomes the test split (default: {DEFAULT_TEST_SIZE}).",
     )
     split.add_argument(
-        "--seed", type=int, help=f"seed of the random split (default: {DEFAULT_SEED})"
+        "--seed",
+        type=int,
+        help=f"Seed of the random split (default: {DEFAULT_SEED}).",
     )
     split.add_argument(
         "--drop-duplicates",
         action="store_true",
-        help="drop conversations whose turns repeat an earlier one; system text and tools are not "
-        "compared (default: keep and count them)",
+        help="Drop conversations whose turns repeat an earlier conversation. System text and tools "
+        "are not compared (default: repeated conversations are kept and counted).",
     )
     prompt = parser.add_argument_group("prompt")
     prompt.add_argument(
         "--no-think-instruction",
         action="store_true",
-        help="leave out the published sentence that asks the model to think before a call",
+        help="Leave out the published sentence that asks the model to think before a call.",
     )
     return parser
 
@@ -111,7 +120,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if args.test_dataset and (args.test_size is not None or args.seed is not None):
         parser.error("--test-size and --seed draw a random split, which --test-dataset replaces")
     if is_data_file(args.dataset) and (args.config or args.revision or args.split != "train"):
-        parser.error("--config, --split and --revision are for hub datasets, not for a file")
+        parser.error("--config, --split and --revision are for datasets on the Hub, not for a file")
     args.test_size = DEFAULT_TEST_SIZE if args.test_size is None else args.test_size
     args.seed = DEFAULT_SEED if args.seed is None else args.seed
     if not 0 < args.test_size < 1:
@@ -130,8 +139,12 @@ def fail(message: str) -> NoReturn:
 # ---- Loading rows
 
 
+# A name that ends in one of these is a file and not a dataset on the Hub, even if it is missing.
+FILE_SUFFIXES = [".json", ".jsonl", ".gz", ".parquet", ".csv", ".tsv", ".txt"]
+
+
 def is_data_file(name: str) -> bool:
-    return Path(name).is_file() or Path(name).suffix in (".json", ".jsonl", ".gz", ".parquet")
+    return Path(name).is_file() or Path(name).suffix in FILE_SUFFIXES
 
 
 def read_file(path: Path, data: bytes) -> list:
@@ -143,30 +156,42 @@ def read_file(path: Path, data: bytes) -> list:
     try:
         text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8-sig")
     except UnicodeDecodeError:
-        raise ValueError("the file is not UTF-8 text. Save it as UTF-8") from None
-    if text.lstrip().startswith("["):
-        return json.loads(text)
-    rows = []
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
+        raise ValueError("the file is not UTF-8 text. Save it as UTF-8.") from None
+    rows = parse_json_values(text)
+    return rows[0] if len(rows) == 1 and isinstance(rows[0], list) else rows
+
+
+NOT_SPACE = re.compile(r"\S")
+
+
+def parse_json_values(text: str) -> list:
+    """Read JSON values that follow each other, on one line each or over several lines."""
+    decoder = json.JSONDecoder()
+    values = []
+    position = 0
+    while match := NOT_SPACE.search(text, position):
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
+            value, position = decoder.raw_decode(text, match.start())
+        except json.JSONDecodeError as error:
+            # In an array, the line of the error. Otherwise, the line with the incomplete row.
+            place = error.pos if match[0] == "[" else match.start()
+            line_number = text.count("\n", 0, place) + 1
             raise ValueError(
-                f"line {number} is not valid JSON. A .jsonl file has one JSON object per line, "
-                "a .json file has an array of objects. Save other formats as one of these"
+                f"line {line_number} is not valid JSON. A .jsonl file has one JSON object per "
+                "line, and a .json file has an array of objects. Save other formats as one of "
+                "these."
             ) from None
-    return rows
+        values.append(value)
+    return values
 
 
 def load_rows(
     name: str, config: str | None, split: str | None, revision: str | None
 ) -> tuple[list, str]:
-    """Return the rows of a file, a folder or a hub dataset, and the version of the data.
+    """Return the rows of a file, a folder or a dataset on the Hub, and their version.
 
-    The version is the sha256 of a file, or the commit of a hub dataset. If `split` is None, use
-    the test split or, if there is none, the first split.
+    The version is the sha256 of a file, or the commit of a dataset on the Hub. If `split` is None,
+    use the test split or, if there is none, the first split.
     """
     import datasets
 
@@ -189,31 +214,31 @@ def load_test_rows(args: argparse.Namespace) -> tuple[list, str]:
     if is_data_file(args.dataset):
         raise ValueError(
             f"no file or folder has this name, and {args.dataset} is a file without splits. "
-            "Pass the path of the test file"
+            "Pass the path of the test file."
         )
     return load_rows(args.dataset, args.config, name, args.revision)
 
 
 def explain_load_error(name: str, error: Exception) -> str:
-    """One line for whatever the file system, pyarrow, datasets or the hub raise."""
+    """One line for whatever the file system, pyarrow, datasets or the Hub raise."""
     reason = " ".join(f"{error} {error.__cause__ or ''}".split()) or type(error).__name__
     if "gated dataset" in reason:
         return (
             f"{name} is a gated dataset. Open https://huggingface.co/datasets/{name}, accept its "
-            "terms, run `hf auth login`, and run this command again"
+            "terms, run `hf auth login`, and run this command again."
         )
     if "Couldn't reach" in reason:
         return (
-            f"{name} is not a local file, it is not in the cache, and the hub cannot be reached. "
-            "Check the network connection and HF_HUB_OFFLINE, or pass a file"
+            f"{name} is not a local file, it is not in the cache, and the Hub cannot be reached. "
+            "Check the network connection and HF_HUB_OFFLINE, or pass a file."
         )
     if "doesn't exist on the Hub" in reason:
         return (
-            f"{name} is neither a local file nor a dataset on the hub. Check the spelling. If the "
-            "dataset is private, run `hf auth login` first"
+            f"{name} is neither a local file nor a dataset on the Hub. Check the spelling. If the "
+            "dataset is private, run `hf auth login` first."
         )
     if isinstance(error, FileNotFoundError) and is_data_file(name):
-        return f"{name}: no such file. Check the path, or pass the id of a hub dataset"
+        return f"{name}: no such file. Check the path, or pass the id of a dataset on the Hub."
     return f"{name}: {reason}"
 
 
@@ -233,7 +258,7 @@ def load_sources(args: argparse.Namespace) -> list[Source]:
         if args.test_dataset:
             name = args.test_dataset
             sources.append(Source(name, *load_test_rows(args)))
-    except Exception as error:  # gzip, pyarrow, datasets and the hub raise errors of many kinds
+    except Exception as error:  # gzip, pyarrow, datasets and the Hub raise errors of many kinds
         fail(explain_load_error(name, error))
     return sources
 
@@ -277,7 +302,7 @@ def parse_nested(value: Any) -> Any:
 
 
 def has_content(value: Any) -> bool:
-    """Tell whether there is anything in a value but null, empty text, and empty containers."""
+    """Return whether a value contains more than nulls, empty texts and empty containers."""
     if isinstance(value, dict):
         return any(has_content(item) for item in value.values())
     if isinstance(value, list):
@@ -398,7 +423,10 @@ def find_tool_blocks(prompt: str) -> list[str]:
 
 
 def shows_tools(prompt: str, names: list[str | None]) -> bool:
-    """Tell whether a <tools> block of the prompt names a tool. A mention of the tags does not."""
+    """Return whether a <tools> block of the prompt names one of the tools.
+
+    A text that only mentions the tags is not enough.
+    """
     blocks = find_tool_blocks(prompt)
     return any(name and name in block for name in names for block in blocks)
 
@@ -466,7 +494,12 @@ def read_arguments(arguments: Any, keep_nulls: bool, notices: Counter) -> str:
     """Return the arguments of a call as JSON text. Text keeps its spacing and its nulls."""
     if arguments is None or (isinstance(arguments, str) and not arguments.strip()):
         return "{}"
-    value = parse_nested(arguments)
+    try:
+        value = parse_nested(arguments)
+    except ValueError:
+        raise ValueError(
+            "a call whose arguments are text that is neither JSON nor Python"
+        ) from None
     if value is None or value == "" or value == []:
         return "{}"
     if not isinstance(value, dict):
@@ -530,7 +563,7 @@ def take_arguments(function: dict, call: dict) -> Any:
     others = [key for key in others if has_content({**call, **function}[key])]
     if "parameters" in (*function, *call) or (others and not given):
         keys = ", ".join(map(to_json, others or ["parameters"]))
-        raise ValueError(f"a call that has no arguments, but the unread key {keys}")
+        raise ValueError(f"a call with no arguments, but the unread key {keys}")
     return with_content[0] if with_content else None
 
 
@@ -553,7 +586,7 @@ def render_calls(calls: list[dict]) -> str:
 
 # ---- Messages
 
-# The roles of data sets, as OpenAI's. A turn of CALL_ROLES holds nothing but calls, as JSON.
+# The roles of data sets, as OpenAI's. A turn of CALL_ROLES contains only calls, as JSON.
 CALL_ROLES = ["function_call", "tool_call", "tool_calls"]
 ROLES = {
     **dict.fromkeys(["system", "developer"], "system"),
@@ -662,7 +695,7 @@ def write_thoughts(thoughts: list[str], text: str) -> str:
 
 
 def split_call_turn(content: Any) -> tuple[str, Any]:
-    """Return (text, calls) of a turn that holds calls as JSON, possibly after a <think> block."""
+    """Return (text, calls) of a turn of calls as JSON, possibly after a <think> block."""
     if not isinstance(content, str):
         return "", content
     if contains_calls(content):
@@ -698,12 +731,12 @@ def read_assistant_message(message: dict, is_call_turn: bool, notices: Counter) 
 
 
 def contains_calls(text: str) -> bool:
-    """Tell whether a text has a <tool_call> block. A mention of the opening tag is not one."""
+    """Return whether a text has a <tool_call> block. The opening tag alone is not enough."""
     return "<tool_call>" in text and "</tool_call>" in text
 
 
 def has_same_calls(text: str, calls: list[dict]) -> bool:
-    """Tell whether the <tool_call> blocks of a text are these calls."""
+    """Return whether the <tool_call> blocks of a text are these calls."""
     try:
         in_text = [read_call(block, True, Counter()) for block in find_call_blocks(text)]
     except (TypeError, ValueError, RecursionError):
@@ -817,7 +850,7 @@ def split_glaive_system(text: str) -> tuple[str, list[dict]]:
 
 
 def read_glaive_call(text: str) -> dict:
-    """Read {"name": "f", "arguments": '{"a": 1}'}: JSON, but for the single quotes."""
+    """Read {"name": "f", "arguments": '{"a": 1}'}, which is JSON except for the single quotes."""
     quoted = re.search(r'"arguments":\s*\'(.*)\'\s*}\s*$', text, re.DOTALL)
     if not quoted:
         return parse_literal(text)
@@ -963,7 +996,8 @@ def render_turns(messages: list[dict], notices: Counter) -> list[dict]:
             continue
         if role not in FOLLOWERS[previous]:
             expected = " or ".join(FOLLOWERS[previous])
-            raise ValueError(f"expected a turn with role {expected}, found role {role}")
+            place = "" if previous else " in the first turn"
+            raise ValueError(f"expected a turn with role {expected}, found role {role}{place}")
         if role == "assistant":
             calls = [call for message in group for call in message["tool_calls"]]
             turn = render_assistant(group)
@@ -1116,7 +1150,7 @@ class Report:
         self.found: dict[str, dict[str, dict[str, int]]] = {
             "dropped": {},  # rows
             "unread": {},  # content of rows that are kept
-            "noticed": {},  # used, but worth a look
+            "noticed": {},  # content that is used but looks wrong
         }
 
     def add(self, kind: str, reason: str, row_number: int, count: int = 1) -> None:
@@ -1153,6 +1187,9 @@ def convert_rows(rows: list, before_request: str, report: Report) -> list[Conver
             reason = str(error)
             if isinstance(error, UnicodeEncodeError):
                 reason = "text that is not valid Unicode (half of a surrogate pair)"
+            unread = [name for kind, name in notices if kind == "unread"]
+            if unread:  # often the cause, such as a misspelled key
+                reason += f" (unread: {', '.join(unread)})"
             report.add("dropped", reason, number)
             converted.append(None)
             continue
@@ -1202,7 +1239,10 @@ def draw_split(
     try:
         drawn = rows.train_test_split(test_size=test_size, seed=seed)
     except ValueError:
-        fail(f"too few rows ({len(rows)}) to draw a test split with --test-size {test_size}")
+        fail(
+            f"too few rows ({len(rows)}) to draw a test split with --test-size {test_size}. Use "
+            "more rows or another --test-size."
+        )
     return {name: [converted[row] for row in drawn[name]["row"]] for name in SPLIT_FILES}
 
 
@@ -1210,12 +1250,12 @@ def check_any_kept(report: Report) -> None:
     """End the program if no row of a dataset could be converted."""
     num_rows = len(report.source.rows)
     if num_rows == 0:
-        fail(f"{report.source.name} contains no rows")
+        fail(f"{report.source.name} contains no rows.")
     if report.num_kept == 0:
         reasons = "; ".join(report.found["dropped"])
         fail(
             f"none of the {num_rows} rows of {report.source.name} can be used: {reasons}. "
-            f"Supported layouts: {LAYOUT_NAMES}"
+            f"Supported layouts: {LAYOUT_NAMES}."
         )
 
 
@@ -1265,20 +1305,21 @@ def print_summary(info: dict, reports: list[Report], output_dir: Path) -> None:
         )
     if num_repeated := info["test"]["also_in_train"]:
         print(
-            f"warning: {num_repeated:,} of the test conversations are also in train, which raises "
-            "the scores. --drop-duplicates leaves repeated conversations out"
+            f"warning: {num_repeated:,} of the test conversations are also in the train split, "
+            "which raises the scores. --drop-duplicates drops repeated conversations."
         )
     noticed = [reason for report in reports for reason in report.found["noticed"]]
     if any(reason.startswith(FOREIGN_CALLS) for reason in noticed):
         print(
             "warning: the model would learn the unsupported format, which the evaluation does not "
-            f"score. Supported layouts: {LAYOUT_NAMES}"
+            f"score. Supported layouts: {LAYOUT_NAMES}."
         )
     has_calls = any(info[name]["tool_call_turns"] for name in SPLIT_FILES)
     declares_tools = any(info[name]["declare_tools"] for name in SPLIT_FILES)
     if declares_tools and not has_calls:
         print(
-            "warning: tools are declared but no turn calls one, so the model would learn never to"
+            "warning: tools are declared but no turn calls one. The model would learn never to "
+            "call a tool."
         )
     command = ["python", "function_calling_train.py"]
     if output_dir != DEFAULT_OUTPUT_DIR:
@@ -1287,7 +1328,7 @@ def print_summary(info: dict, reports: list[Report], output_dir: Path) -> None:
 
 
 def is_published_split(args: argparse.Namespace) -> bool:
-    """Tell whether the splits are those of the published figures, row for row."""
+    """Return whether the splits are those of the published figures, row for row."""
     published = (DEFAULT_DATASET, DEFAULT_CONFIG, "train", DEFAULT_TEST_SIZE, DEFAULT_SEED)
     given = (args.dataset, args.config, args.split, args.test_size, args.seed)
     return given == published and not args.test_dataset and not args.drop_duplicates
@@ -1318,7 +1359,8 @@ def main(argv: list[str] | None = None) -> None:
         if not items:
             fail(
                 f"{reports[0].num_kept} of {len(reports[0].source.rows)} rows can be used, and "
-                f"none of them was drawn for the {name} split. Use more rows or another --test-size"
+                f"none of them was drawn for the {name} split. Use more rows or another "
+                "--test-size."
             )
     info = {
         "source": {name: getattr(args, name) for name in ("dataset", "config", "split", "revision")}

@@ -73,7 +73,7 @@ def test_the_scripts_with_no_flags_and_then_without_a_network(hub, run):
 def test_nothing_is_uploaded_unasked_and_a_token_is_nowhere_written(hub, run, splits, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     api = create_autospec(huggingface_hub.HfApi)
-    api().create_repo.return_value.repo_id = "me/adapter"  # the hub adds the user's name
+    api().create_repo.return_value.repo_id = "me/adapter"  # the Hub adds the user's name
     api.reset_mock()
     monkeypatch.setattr(huggingface_hub, "HfApi", api)
     command = [TRAIN, "--train-file", splits / "function_calling_train.jsonl", "--max-steps", "2"]
@@ -96,7 +96,7 @@ def test_nothing_is_uploaded_unasked_and_a_token_is_nowhere_written(hub, run, sp
 
 SCRIPTS = [
     pytest.param(
-        PREPARE, DATASET, "--dataset", "the hub cannot be reached", marks=pytest.mark.slow
+        PREPARE, DATASET, "--dataset", "the Hub cannot be reached", marks=pytest.mark.slow
     ),
     (TRAIN, MODEL, "--model", "Set HF_HUB_OFFLINE=0"),
 ]
@@ -111,9 +111,9 @@ def test_gated_absent_and_offline_are_one_line_each_that_says_what_to_do(
     absent = run(*command, what, "nobody/nothing")
     assert_fails_in_one_line(absent, "nobody/nothing", "neither a local f")
     if script == TRAIN:
-        assert_fails_in_one_line(absent, "neither a local folder nor a model on the hub")
+        assert_fails_in_one_line(absent, "neither a local folder nor a model on the Hub")
         missing = run(*command, what, "./no/such/folder")
-        assert_fails_in_one_line(missing, "neither a local folder nor a valid hub id")
+        assert_fails_in_one_line(missing, "neither a local folder nor a valid Hub id")
     assert_fails_in_one_line(run(*command, "--revision", "v9"), "v9")
     assert_fails_in_one_line(run(*command, offline="1"), no_network)
     hub.gated.add(repo)
@@ -126,7 +126,7 @@ def test_gated_absent_and_offline_are_one_line_each_that_says_what_to_do(
     assert_fails_in_one_line(run(*command), "network connection" if script == TRAIN else no_network)
     if script == TRAIN:
         upload = run(*command, what, tiny_model, "--push-to-hub", "me/adapter")
-        assert_fails_in_one_line(upload, "cannot connect to the hub", "--push-to-hub me/adapter")
+        assert_fails_in_one_line(upload, "cannot connect to the Hub", "--push-to-hub me/adapter")
     assert not list(run.work.iterdir())
 
 
@@ -138,7 +138,7 @@ ADAPTER_REPO = ("models", "me/adapter")
 
 @pytest.fixture
 def evaluate(hub, run, splits, monkeypatch):
-    """Run step 3 in this process against the hub, on the test split of the fixture."""
+    """Run step 3 in this process against the Hub, on the test split of the fixture."""
 
     def evaluate(*flags, offline=False, cache="cache"):
         files = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
@@ -162,8 +162,8 @@ def test_step_3_says_what_to_do_about_gated_absent_and_unreachable_repositories(
         flags = ["--model", tiny_model, "--adapter"]
     name = [repo[1]] if repo == ADAPTER_REPO else []
     hub.gated.add(repo)
-    page = f"open https://huggingface.co/{repo[1]}, accept the license, run `hf auth login`"
-    gated = f"{repo[1]} is gated: {page}, and run this again"
+    page = f"Open https://huggingface.co/{repo[1]}, accept the license, run `hf auth login`"
+    gated = f"{repo[1]} is gated. {page}, and run this command again"
     assert_fails_in_one_line(evaluate(*flags, *name), gated)
     hub.gated.clear()
     absent = ["nobody/nothing"] if name else ["--model", "nobody/nothing"]

@@ -192,15 +192,30 @@ def test_all_kinds_of_files_and_a_folder_give_the_same_splits(tmp_path, monkeypa
     data = write_rows(tmp_path / "rows.jsonl", rows).read_bytes()
     (tmp_path / "rows.jsonl.gz").write_bytes(gzip.compress(data))
     (tmp_path / "rows.json").write_text(json.dumps(rows, indent=1), "utf-8-sig", newline="\r\n")
+    pretty = "\n".join(json.dumps(row, indent=2) for row in rows)
+    (tmp_path / "pretty.jsonl").write_text(pretty)
     folder, options = tmp_path / "folder", ("--config=default", "--split=validation")
     folder.mkdir()
     for path in (tmp_path / "rows.parquet", folder / "validation.parquet"):
         datasets.Dataset.from_list(rows).to_parquet(str(path))
     files = [tmp_path / f"rows.{kind}" for kind in ("jsonl", "jsonl.gz", "json", "parquet")]
+    files.append(tmp_path / "pretty.jsonl")
     runs = [run(file, tmp_path / "out")[0] for file in files]
     runs.append(run(folder, tmp_path / "out", *options)[0])
     assert len(runs[0]["train"]) == 16 and "null" not in str(runs[0]["train"])
     assert all(splits == runs[0] for splits in runs)
+
+
+def test_the_reason_of_a_dropped_row_names_its_unread_keys(tmp_path):
+    misspelled = {"role": "assistant", "tool_call": [{"name": "get_weather", "arguments": {}}]}
+    bad = {"messages": [{"role": "user", "content": "Hi"}, misspelled]}
+    rows = write_rows(tmp_path / "rows.jsonl", [*[turns(HI, HELLO)] * 5, bad])
+    _, info = run(rows, tmp_path / "out")
+    reason = (
+        "an empty turn with role assistant "
+        '(unread: key "tool_call" of a message with role assistant)'
+    )
+    assert info["dropped"] == {reason: {"count": 1, "rows": 1, "first_row": 6}}
 
 
 UNREADABLE = [

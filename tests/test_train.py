@@ -396,14 +396,15 @@ def test_mistakes_end_in_one_line_and_the_corrected_command_just_works(
         process = run_here(SCRIPT, flag, value, cwd=tmp_path)
         assert process.returncode == 2  # the last line, after the usage, names the flag
         assert f"error: argument {flag}: " in process.stderr.splitlines()[-1]
-    assert_refused("run prepare_function_calling_dataset.py first")  # the scripts in wrong order
+    assert_refused("Run prepare_function_calling_dataset.py first")  # the scripts in wrong order
     shutil.copytree(splits, split.parent)
     lines = split.read_text()
-    for line in ('{"messages": [', "{}", "7"):
+    openai_row = {"messages": [{"role": "user", "content": "Hi"}], "tools": [{"name": "f"}]}
+    for line in ('{"messages": [', "{}", "7", json.dumps(openai_row)):
         split.write_text(f"{lines}{line}\n")
         assert_refused("function_calling_train.jsonl, line 33")
     split.write_text(lines)
-    assert_refused("tiny-gemma")  # the model is neither here nor in the hub's cache
+    assert_refused("tiny-gemma")  # the model is neither here nor in the cache of the Hub
     shutil.copytree(tiny_model, tmp_path / "tiny-gemma")
     assert_refused("--batch-size", flags=["--batch-size", "3"])
     assert_refused("--load-in-4bit needs a CUDA GPU", flags=["--load-in-4bit"])
@@ -421,10 +422,10 @@ def test_mistakes_end_in_one_line_and_the_corrected_command_just_works(
     llama = {"model_type": "llama", "rope_parameters": None}
     llama["auto_map"] = {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}
     config.write_text(json.dumps(json.loads(gemma) | llama))
-    assert_refused("model type llama", "only Gemma 3 text models")
+    assert_refused("model type llama", "Only Gemma 3 text models")
     config.write_text(gemma)
     (tmp_path / "tiny-gemma/adapter_config.json").write_text("{}")
-    assert_refused("is a LoRA adapter", "pass its base model as --model")
+    assert_refused("is a LoRA adapter", "Pass its base model as --model")
     (tmp_path / "tiny-gemma/adapter_config.json").unlink()
     assert_refused("--revision", "local folder", flags=["--revision", "main"])
     process = run_here(SCRIPT, *command, cwd=tmp_path)

@@ -305,7 +305,7 @@ def report_resume(args: argparse.Namespace) -> None:
     killed = training_command(folder, "killed", *flags)
     kill_after_checkpoint(killed, folder / "killed-checkpoints")
     resumed = run_command([*killed, "--resume"])
-    start = re.search(r"continues from \S*(checkpoint-\d+)", resumed.stdout)
+    start = re.search(r"continuing from \S*(checkpoint-\d+)", resumed.stdout)
     weights = read_weights(folder / "killed")
     expected = read_weights(folder / "undisturbed")
     largest = max((weights[name] - expected[name]).abs().max().item() for name in expected)
