@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import io
 import itertools
 import json
 import os
@@ -586,6 +587,21 @@ def test_progress_outside_a_terminal_is_a_few_lines_with_the_time_left(tiny_mode
     assert len(re.findall(f"of 12, validation loss {number}, {number} s left", process.stdout)) == 4
     assert re.search(f"12 steps in {number} s, peak memory {number} GB", process.stdout)
     assert "24 conversations for training, 7 for validation, 1 dropped" in process.stdout
+
+
+def test_a_terminal_shows_a_progress_bar_and_the_same_lines(build, monkeypatch, capsys):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    trainer, _ = build("--max-steps", "2")
+    trainer.train()
+    assert "2/2" in terminal.getvalue()
+    lines = capsys.readouterr().out.splitlines()
+    steps = [line for line in lines if line.strip()]
+    assert [line.split(",")[0] for line in steps] == ["Step        1 of 2", "Step        2 of 2"]
 
 
 @pytest.mark.parametrize(
