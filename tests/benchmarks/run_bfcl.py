@@ -226,7 +226,7 @@ def ask_questions(args: argparse.Namespace) -> None:
     errors = [error for path in paths for error in remove_failed_answers(path)]
     if errors:
         fail(
-            f"{len(errors)} questions were not answered. Check the server, and run the same command "
+            f"{len(errors)} questions were not answered. Check the server and run the same command "
             f"to ask them again. The first is {errors[0]}"
         )
 
