@@ -12,7 +12,8 @@ trained on general text only, from which it learns to read requests, copy values
 write JSON and markup, and chat. Its training text never contains the tags of the dataset, a tool
 call, or the name of a tool that appears only in the test split.
 
-The word lists and templates of both are in build_sample.json, which explains its own format.
+The word lists and templates are in build_sample.json, which explains its own format. This file
+has five parts: random values, the dataset, the general text, the model, and its training.
 """
 
 from __future__ import annotations
@@ -48,7 +49,8 @@ Record = dict[str, Any]  # values by the name of their field or parameter
 
 
 # ---- Random values
-# The order of the random draws decides every text below. Changing it changes the dataset.
+# Every function takes values from the same random generator. An additional draw anywhere, or draws
+# in another order, would change all texts that follow.
 
 
 def choose(rng: Random, list_name: str, *values: object, **named_values: object) -> str:
@@ -63,7 +65,7 @@ def choose_exchange(rng: Random, list_name: str, values: dict[str, object]) -> E
 
 
 def invent_name(rng: Random) -> str:
-    """Make up a pronounceable name, so that the model learns to copy names it has never seen."""
+    """Make up a pronounceable name. From such names, the model learns to copy unknown words."""
     num_syllables = rng.randint(1, 3)
     syllables = [choose(rng, "consonants") + choose(rng, "vowels") for _ in range(num_syllables)]
     return "".join(syllables).capitalize() + choose(rng, "name_endings")
@@ -75,12 +77,16 @@ def draw_date(rng: Random) -> str:
     return fill_template(rng, "{2025-2029}-{01-12}-{01-28}")
 
 
+def draw_email(rng: Random) -> str:
+    return fill_template(rng, "{first_names}.{last_names}@{mail|post|box}.com").lower()
+
+
 def draw_numbers(rng: Random) -> str:
     count = rng.randint(3, 4)
     return json.dumps([rng.randint(1, 99) for _ in range(count)])
 
 
-# The slots of a template that are neither a range, nor a list, nor a choice of words.
+# Slots that are not the name of a list, a range of numbers, or a choice of words.
 SLOT_FUNCTIONS: dict[str, Callable[[Random], str]] = {
     "any_name": lambda rng: rng.choice([choose(rng, "first_names"), invent_name(rng)]),
     "invented_name": invent_name,
@@ -92,9 +98,7 @@ SLOT_FUNCTIONS: dict[str, Callable[[Random], str]] = {
     "record": lambda rng: json.dumps(draw_record(rng, 1, 3)),
     "nested_record": lambda rng: json.dumps(draw_nested_record(rng, depth=1)),
     "date": draw_date,
-    "email": lambda rng: fill_template(
-        rng, "{first_names}.{last_names}@{mail|post|box}.com"
-    ).lower(),
+    "email": draw_email,
     "code": lambda rng: fill_template(rng, "{letters}{letters}{digits}"),
     "digits": lambda rng: fill_template(rng, "{0-9}" * rng.randint(3, 5)),
     "numbers": draw_numbers,
@@ -105,8 +109,8 @@ SLOT_FUNCTIONS: dict[str, Callable[[Random], str]] = {
 def fill_template(rng: Random, template: str) -> str:
     """Fill in the slots of a template at random.
 
-    {date} calls its function in SLOT_FUNCTIONS, {6-23} is a number in that range, {cities} is an
-    entry of that list, and {mail|post} is one of these words.
+    {date} is what the function "date" in SLOT_FUNCTIONS returns, {6-23} is a number in that range,
+    {cities} is an entry of that list, and {mail|post} is one of these words.
     """
 
     def fill_slot(match: re.Match[str]) -> str:
@@ -124,7 +128,7 @@ def fill_template(rng: Random, template: str) -> str:
 
 
 def draw_value(rng: Random, kind: dict) -> Any:
-    """Draw a value of a kind. JSON and str() write its numbers alike, so they can be copied."""
+    """Draw a value of a kind. Its numbers read the same in a sentence and in JSON."""
     if "sample_from" in kind:
         count = rng.randint(2, 3)
         return rng.sample(LISTS[kind["sample_from"]], count)
@@ -135,9 +139,9 @@ def draw_value(rng: Random, kind: dict) -> Any:
 
 
 def draw_field_value(rng: Random, kind: dict) -> Any:
-    """Draw a value of a kind, and often replace a name by an invented one.
+    """Draw a value of a kind, and often replace a name with an invented one.
 
-    With invented names, the model learns to copy names instead of memorizing them.
+    Invented names teach the model to copy names instead of memorizing them.
     """
     value = draw_value(rng, kind)
     if not kind.get("is_name") or rng.random() >= 0.6:
@@ -148,7 +152,7 @@ def draw_field_value(rng: Random, kind: dict) -> Any:
 
 
 def draw_fields(rng: Random, min_fields: int, max_fields: int) -> tuple[dict[str, dict], Record]:
-    """Draw fields whose values all differ. Return their kinds and their values, by field name."""
+    """Draw fields with different values. Return the kinds and the values, by field name."""
     kinds = {}
     values = {}
     for kind_name in rng.sample(sorted(FIELD_KINDS), rng.randint(min_fields, max_fields)):
@@ -196,7 +200,7 @@ def say(value: Any) -> str:
 
 
 def capitalize(text: str) -> str:
-    """Make the first letter a capital and, unlike str.capitalize, leave the others alone."""
+    """Capitalize the first letter. Unlike str.capitalize, do not change the other letters."""
     return text[0].upper() + text[1:]
 
 
@@ -242,8 +246,9 @@ def wrap_in_tag(tag: str, text: str, on_own_lines: bool = False) -> str:
     return f"<{tag}>{text}</{tag}>"
 
 
-# ---- Chats without tools, for the dataset and for the general text
-# The model sees the same chats in both, as an instruction-tuned Gemma knows small talk already.
+# ---- Chats without tools
+# These are in the dataset and in the general text, because an instruction-tuned Gemma can already
+# chat before it is fine-tuned.
 
 
 def draw_chat_values(rng: Random, kind: str) -> Record:
@@ -271,9 +276,9 @@ def draw_chat_values(rng: Random, kind: str) -> Record:
 
 
 def draw_chat(rng: Random) -> Conversation:
-    """Draw a chat about one to three things. The user sometimes says thanks at the end."""
+    """Draw a chat about one to three subjects. Sometimes the user says thanks at the end."""
     exchanges = []
-    kinds = ["fact", *DATA["chats"]]  # facts are in DATA["chats"] too: they are twice as likely
+    kinds = ["fact", *DATA["chats"]]  # DATA["chats"] has "fact" too, so facts are twice as likely
     for kind in rng.sample(kinds, rng.randint(1, 3)):
         chat = DATA["chats"][kind]
         values = draw_chat_values(rng, kind)
@@ -287,8 +292,8 @@ def draw_chat(rng: Random) -> Conversation:
 # ---- The dataset
 
 NUM_ROWS = 1000
-TEST_SIZE = 0.2  # as in step 1
-SPLIT_SEED = 42  # the default of step 1
+TEST_SIZE = 0.2  # must be the test size of step 1
+SPLIT_SEED = 42  # must be the default seed of step 1
 TOOLS = DATA["tools"]
 TEST_ONLY = set(DATA["test_only_tools"])
 
@@ -315,7 +320,7 @@ class ToolRequest(NamedTuple):
 
     text: str
     arguments: Record
-    missing_parameter: str | None  # the required parameter whose value the text does not say
+    missing_parameter: str | None  # a required parameter that the text does not mention
 
 
 def declare(tool: dict) -> dict:
@@ -334,7 +339,7 @@ def declare(tool: dict) -> dict:
 
 
 def draw_arguments(rng: Random, tool: dict) -> Record:
-    """Draw a value for every parameter of a tool. All values differ."""
+    """Draw a different value for every parameter of a tool."""
     while True:
         arguments = {}
         for name, kind in tool["parameters"].items():
@@ -344,7 +349,7 @@ def draw_arguments(rng: Random, tool: dict) -> Record:
 
 
 def draw_request(rng: Random, tool: dict, leave_one_out: bool = False) -> ToolRequest:
-    """Draw a request that says all required arguments of a tool, or all but one of them."""
+    """Draw a request that contains all required arguments of a tool, or all but one."""
     num_missing = 1 if leave_one_out else 0
     candidates = []
     for template in tool["requests"]:
@@ -388,7 +393,7 @@ def call_tools(rng: Random, calls: list[tuple[dict, dict]]) -> list[Turn]:
 
 
 def refuse(rng: Random, declared: list[dict], undeclared: list[dict]) -> list[Turn]:
-    """The user asks for a tool that is not declared, and the model says what it can do."""
+    """Draw a request for a tool that is not declared. The model answers what it can do instead."""
     request = draw_request(rng, rng.choice(undeclared))
     abilities = [tool["description"][0].lower() + tool["description"][1:] for tool in declared]
     answer = f"I'm sorry, but I have no function for that. I can only {say(abilities)}."
@@ -396,7 +401,7 @@ def refuse(rng: Random, declared: list[dict], undeclared: list[dict]) -> list[Tu
 
 
 def ask_for_missing_value(rng: Random, tool: dict) -> list[Turn]:
-    """The user leaves out a required argument, and the model asks for it before it calls."""
+    """Draw a request without a required argument. The model asks for it and then calls the tool."""
     request = draw_request(rng, tool, leave_one_out=True)
     kind = TOOL_KINDS[tool["parameters"][request.missing_parameter]]
     value = request.arguments[request.missing_parameter]
@@ -409,7 +414,7 @@ def ask_for_missing_value(rng: Random, tool: dict) -> list[Turn]:
 
 
 def request_calls(rng: Random, tools: list[dict]) -> list[Turn]:
-    """The user asks for one call of each tool in one turn. No two of these calls are the same."""
+    """Draw one user turn that requests a call of each tool. No two calls are the same."""
     while True:
         requests = [draw_request(rng, tool) for tool in tools]
         calls = [(tool, request.arguments) for tool, request in zip(tools, requests, strict=True)]
@@ -428,7 +433,7 @@ def draw_turns(rng: Random, kind: str, declared: list[dict], undeclared: list[di
         return ask_for_missing_value(rng, tool)
     if kind == "call":
         return request_calls(rng, [tool])
-    # Several calls: of two tools, or of the same tool twice.
+    # The plan says "several calls": of two tools, or of one tool twice.
     if len(declared) > 1 and rng.random() < 0.5:
         return request_calls(rng, rng.sample(declared, 2))
     return request_calls(rng, [tool, tool])
@@ -452,7 +457,7 @@ def make_chat_row(rng: Random, number: int) -> dict:
     while True:
         exchanges = draw_chat(rng)
         questions = {question for question, _ in exchanges}
-        if len(questions) == len(exchanges):  # otherwise, the user repeats a question
+        if len(questions) == len(exchanges):  # the user asks every question only once
             break
     turns = []
     for question, answer in exchanges:
@@ -469,9 +474,10 @@ def make_tool_row(rng: Random, number: int, main_tool: dict, tools: list[dict]) 
     undeclared = others[num_others:]
     turns = []
     for kind in rng.choice(DATA["row_plans"]):
-        # The first call of a row is a call of the main tool.
-        is_about_main_tool = not turns and kind in ("call", "question")
-        turns += draw_turns(rng, kind, [main_tool] if is_about_main_tool else declared, undeclared)
+        # A row that begins with a call begins with a call of the main tool.
+        is_first_call = not turns and kind in ("call", "question")
+        callable_tools = [main_tool] if is_first_call else declared
+        turns += draw_turns(rng, kind, callable_tools, undeclared)
     turns[0] = ("human", choose(rng, "greetings") + turns[0][1])
     if rng.random() < 0.2:
         turns += [("human", choose(rng, "thanks")), ("gpt", DATA["reply_to_thanks"])]
@@ -482,7 +488,7 @@ def make_tool_row(rng: Random, number: int, main_tool: dict, tools: list[dict]) 
 
 
 def build_dataset(path: Path, seed: int) -> None:
-    """Write the dataset. Only rows that step 1 puts into the test split have test-only tools."""
+    """Write the dataset. Test-only tools appear only in rows that step 1 puts into test."""
     import datasets
 
     datasets.disable_progress_bars()
@@ -506,8 +512,8 @@ def build_dataset(path: Path, seed: int) -> None:
 
 
 # ---- General text: forms
-# A form resembles a tool: it has a title, a description and fields. The model reads forms, a
-# request that says the values of one, and answers with the title and the values.
+# A form resembles a tool: it has a title, a description and fields. The user shows forms and then
+# asks for one of them. The model answers with the title and the values from the request.
 
 Style = tuple[str, str]  # an instruction, and the template of the answers that follow it
 AnswerWriter = Callable[[str, Record], str]  # writes the title and the values of a form
@@ -516,11 +522,13 @@ PLAIN_STYLE: Style = ("", "Form {title}\n{record}")
 
 @dataclass
 class Form:
+    """A form, and the values for a request."""
+
     title: str
-    intent: str | None  # how users ask for the form when they do not say its title
+    intent: str | None  # what users ask for instead of the title
     noun: str
     description: str
-    kinds: dict[str, dict]
+    kinds: dict[str, dict]  # by field name
     values: Record
     required: list[str]
 
@@ -540,7 +548,7 @@ def draw_simple_form(rng: Random) -> Form:
 
 
 def draw_varied_form(rng: Random) -> Form:
-    """Draw a form that users ask for by its subject. Such forms share the verbs of their titles."""
+    """Draw a form that users ask for without its title. Several forms can share a verb."""
     words = {
         "verb": choose(rng, "common_verbs"),
         "noun": rng.choice(MORE_WORDS),
@@ -569,7 +577,7 @@ def write_schema(rng: Random, form: Form) -> dict:
 
 
 def write_request(rng: Random, form: Form, values: Record) -> str:
-    """Write a user's request for a form that says these values, in any order."""
+    """Write a user's request for a form, with these values in a random order."""
     phrases = []
     for name, value in values.items():
         if rng.random() < 0.65 and name.split("_")[0] not in LISTS["field_prefixes"]:
@@ -596,7 +604,7 @@ def draw_form_exchanges(
     varied: bool,
     write_answer: AnswerWriter,
 ) -> list[Exchange]:
-    """Draw a request and its answer: a filled in form, two of them, a question, or a refusal."""
+    """Draw a request and its answer: one or two filled-in forms, a question, or a refusal."""
     form = rng.choice(forms)
     said = [name for name in form.values if name in form.required or rng.random() < 0.5]
     values = {name: form.values[name] for name in said}
@@ -628,7 +636,7 @@ def draw_form_exchanges(
 
 
 def start_with(text: str, exchanges: Conversation) -> Conversation:
-    """Put a text before the first thing that the user says."""
+    """Put a text at the beginning of what the user says first."""
     question, answer = exchanges[0]
     return [(text + question, answer), *exchanges[1:]]
 
@@ -640,7 +648,11 @@ def draw_form_conversation(
     write_answer: AnswerWriter,
     show_forms: Callable[[list[dict]], str] = json.dumps,
 ) -> Conversation:
-    """Draw forms, and requests that are answered with the title and the values of a form."""
+    """Draw forms and one to four requests for them.
+
+    `instruction` tells the model how to answer. `show_forms` writes the forms for the model to
+    read.
+    """
     num_forms = rng.choice([1, 2, 2, 2, 3, 3] if varied else [1, 1, 2, 2, 3])
     forms = [draw_form(rng, varied) for _ in range(num_forms)]
     schemas = [write_schema(rng, form) for form in forms]
@@ -662,7 +674,7 @@ def draw_form_conversation(
 
 
 def draw_forms(rng: Random, varied: bool, style: Style) -> Conversation:
-    """Draw a conversation about forms that is answered in this style."""
+    """Draw a conversation about forms in which the model answers in this style."""
     instruction, template = style
 
     def write_answer(title: str, values: Record) -> str:
@@ -709,7 +721,7 @@ def draw_record_questions(rng: Random) -> Conversation:
 
 
 def draw_conversion(rng: Random) -> Conversation:
-    """Draw a record in words or lines to be written as JSON, or the other way round."""
+    """Draw a record to rewrite: from a sentence or lines to JSON, or from JSON to them."""
     record = draw_record(rng, 1, 5)
     values = {
         "record": json.dumps(record),
@@ -720,12 +732,12 @@ def draw_conversion(rng: Random) -> Conversation:
 
 
 def draw_item(rng: Random, list_name: str) -> str:
-    """Draw a text to be copied. Often, the model has never seen it before."""
+    """Draw a text for the model to copy. Most of these texts never occur twice."""
     return rng.choice([fill_template(rng, template) for template in LISTS[list_name]])
 
 
 def draw_copying(rng: Random) -> Conversation:
-    """Draw words, names and numbers to be copied, or one of them to be found by its name."""
+    """Draw words, names and numbers to copy, or name-value pairs in which to find one value."""
     items = [draw_item(rng, "copy_items") for _ in range(rng.randint(2, 8))]
     chosen = rng.randrange(len(items))
     if rng.random() < 0.4:
@@ -738,7 +750,8 @@ def draw_copying(rng: Random) -> Conversation:
 
 
 # ---- General text: markup
-# The tags are random words, as an instruction-tuned Gemma knows markup but not the dataset's tags.
+# An instruction-tuned Gemma knows markup, but not the tags of the dataset. So these texts use tags
+# of random words.
 
 
 def draw_tag(rng: Random) -> str:
@@ -750,12 +763,12 @@ def draw_tag(rng: Random) -> str:
 
 
 def draw_key_pair(rng: Random) -> list[str]:
-    """Draw two keys of an object: for a name, and for what belongs to it."""
+    """Draw two keys of a JSON object, such as "title" and "values"."""
     return rng.choice([*DATA["key_pairs"], rng.sample(EVERYDAY_WORDS, 2)])
 
 
 def arrange(layout: str, first: str, second: str, title: str, values: dict) -> dict | list:
-    """Arrange the title and the values of a form in one of the answer layouts."""
+    """Arrange the title and the values of a form as a layout in build_sample.json describes."""
     if layout == "title, values":
         return {first: title, second: values}
     if layout == "values, title":
@@ -768,7 +781,7 @@ def arrange(layout: str, first: str, second: str, title: str, values: dict) -> d
 
 
 def draw_tagged_forms(rng: Random) -> Conversation:
-    """Draw forms that are in tags, or whose answers are nested JSON, mostly in tags."""
+    """Draw forms that the model fills in as nested JSON, usually in tags."""
     tag = draw_tag(rng)
     form_tag = draw_tag(rng)
     on_own_lines = rng.random() < 0.7
@@ -835,7 +848,7 @@ def draw_blocks(rng: Random) -> Conversation:
 
 
 def draw_wrapping(rng: Random) -> Conversation:
-    """Draw one or more texts to be put in tags."""
+    """Draw one or more texts for the model to put in tags."""
     tag = draw_tag(rng)
     on_own_lines = rng.random() < 0.5
     items = [draw_item(rng, "markup_items") for _ in range(rng.randint(1, 4))]
@@ -846,7 +859,10 @@ def draw_wrapping(rng: Random) -> Conversation:
 
 
 def draw_tagged_records(rng: Random) -> Conversation:
-    """Draw records in tags, or with each value in tags, to be told, rewritten or asked about."""
+    """Draw records in tags, or with each value in tags, to describe, rewrite or ask about.
+
+    In one of four conversations, the first turn announces the records and the model describes each.
+    """
     tag = draw_tag(rng)
     on_own_lines = rng.random() < 0.6
     is_announced = rng.random() < 0.25
@@ -884,7 +900,7 @@ def draw_tagged_records(rng: Random) -> Conversation:
 
 
 def draw_nesting(rng: Random) -> Conversation:
-    """Draw nested JSON, sometimes in tags, to be written, copied, changed or asked about."""
+    """Draw nested JSON, sometimes in tags, for the model to write, copy, change or read."""
     depth = rng.choice([1, 1, 2])
     record = draw_nested_record(rng, depth)
     tag = draw_tag(rng)
@@ -947,8 +963,8 @@ MARKUP_TEXTS: TextWeights = {
     **STYLED_TEXTS,
 }
 
-# What the model must not see before it is fine-tuned: the tags of the dataset, the tools that only
-# the test split has, and a name next to arguments, as in a call.
+# The model must not see these before it is fine-tuned: the tags of the dataset, the tools that
+# appear only in the test split, and the keys "name" and "arguments" together, as in a call.
 HELD_BACK = re.compile(
     rf"</?(tools|think)>|\b({'|'.join(sorted(TEST_ONLY))}|tool_call|tool_response)\b"
     r'|"name": .*"arguments": |"arguments": .*"name": ',
@@ -957,16 +973,13 @@ HELD_BACK = re.compile(
 
 
 def general_text(seed: int | str, texts: TextWeights = BASIC_TEXTS) -> Iterator[Conversation]:
-    """Yield conversations without end and without anything HELD_BACK.
-
-    The same seed yields the same conversations.
-    """
+    """Yield an endless stream of conversations, the same for the same seed. None is HELD_BACK."""
     rng = Random(seed)
     while True:
         [draw_conversation] = rng.choices(list(texts), list(texts.values()))
         conversation = draw_conversation(rng)
-        spoken = [text for exchange in conversation for text in exchange]
-        if not any(HELD_BACK.search(text) for text in spoken):
+        texts_of_turns = [text for exchange in conversation for text in exchange]
+        if not any(HELD_BACK.search(text) for text in texts_of_turns):
             yield conversation
 
 
@@ -1012,8 +1025,8 @@ def build_tokenizer(seed: int) -> PreTrainedTokenizerFast:
     words = EVERYDAY_WORDS + LISTS["form_nouns"]
     texts += [f'a {word} "{word}"' for word in words] * 100
     tokenizer.train_from_iterator(texts, trainer)
-    # Fine-tuning may use the unused tokens, and decoded text must show them then. So they are
-    # added tokens but not special ones.
+    # Fine-tuning may assign text to the unused tokens. Decoding must not skip them then, so they
+    # are not special tokens.
     definition = json.loads(tokenizer.to_str())
     for token in definition["added_tokens"]:
         token["special"] = token["content"] not in UNUSED_TOKENS
@@ -1069,7 +1082,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> Gemma3ForCausalLM:
 
 
 class Stage(NamedTuple):
-    """A part of the training with its own learning rate and mixture of texts."""
+    """A part of the training with its own peak learning rate and mixture of texts."""
 
     num_steps: int
     learning_rate: float
@@ -1077,8 +1090,7 @@ class Stage(NamedTuple):
     texts: TextWeights
 
 
-# The model learns to copy soonest when the text to copy is near. So the training begins with short
-# rows.
+# Training begins with short rows: the model learns to copy earlier when the text to copy is near.
 STAGES = [
     Stage(5000, 6e-3, 0.24, BASIC_TEXTS),
     Stage(1700, 3e-3, 0.0, VARIED_TEXTS),
@@ -1095,7 +1107,7 @@ STEPS_PER_LOG = 100
 def encode(
     tokenizer: PreTrainedTokenizerFast, conversation: Conversation
 ) -> tuple[list[int], list[bool]]:
-    """Return the token ids of a conversation, and for each token whether the model says it."""
+    """Return the token ids of a conversation, and whether each token is part of an answer."""
     token_ids = [tokenizer.bos_token_id]
     is_answer = [False]
     for question, answer in conversation:
@@ -1113,9 +1125,10 @@ def make_batch(
     num_rows: int,
     length: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Fill rows with whole conversations, until 30 conversations did not fit.
+    """Fill rows with whole conversations, until 30 of them do not fit into any row.
 
-    Returns two tensors of shape (num_rows, length): the token ids, and whether the model says them.
+    Returns the token ids and whether each token is part of an answer, both of shape
+    (num_rows, length).
     """
     import torch
 
@@ -1155,21 +1168,21 @@ def make_optimizers(model: Gemma3ForCausalLM, learning_rate: float) -> list[torc
 
 
 def load_checkpoint(path: Path, seed: int, resume: bool) -> dict | None:
-    """Load the checkpoint of an interrupted training. End the program if it must not be used."""
+    """Load the checkpoint of an interrupted training, or exit if it must not be used."""
     import torch
 
     if not path.exists():
         return None
     if not resume:
         sys.exit(
-            f"error: {path} is the checkpoint of an interrupted training. "
-            "Use --resume to continue it, or delete the file to start over."
+            f"error: {path} is the checkpoint of an interrupted training: use --resume to "
+            "continue it, or delete the file to start over"
         )
     checkpoint = torch.load(path, weights_only=True)
     if checkpoint["seed"] != seed:
         sys.exit(
-            f"error: cannot resume: {path} was started with --seed {checkpoint['seed']}, "
-            f"not {seed}. Use the original seed, or delete the file to start over."
+            f"error: cannot resume: {path} was started with --seed {checkpoint['seed']}, not "
+            f"{seed}: use the original seed, or delete the file to start over"
         )
     return checkpoint
 
@@ -1181,7 +1194,7 @@ def save_checkpoint(
     model: Gemma3ForCausalLM,
     optimizers: list[torch.optim.Optimizer],
 ) -> None:
-    """Save what --resume needs. An interruption leaves the previous checkpoint intact."""
+    """Replace the checkpoint. If this is interrupted, the previous checkpoint remains."""
     import torch
 
     checkpoint = {
@@ -1202,10 +1215,10 @@ def compute_loss(
     is_answer: torch.Tensor,
     use_bfloat16: bool,
 ) -> torch.Tensor:
-    """Return the cross-entropy of the tokens that the model says.
+    """Return the mean cross-entropy of the tokens of answers.
 
-    `transformer` is the model without its output layer, compiled where possible. Logits are
-    computed only at the tokens that the loss needs.
+    `transformer` is the model without its output layer, compiled where possible. The logits of
+    other tokens are not computed.
     """
     import torch
 
@@ -1219,9 +1232,9 @@ def compute_loss(
 def train_model(folder: Path, seed: int, resume: bool) -> None:
     """Train the tiny Gemma on the general text and save it in `folder`.
 
-    In each stage, the learning rate rises during the warm-up, is constant until half of the steps,
-    and then falls to zero. The text of a step depends only on the seed and the step, so a resumed
-    training sees the same texts as an uninterrupted one.
+    In each stage, the learning rate is constant after the warm-up until half of the steps are done,
+    and then decays linearly to zero. The text of a step depends only on the seed and the step, so a
+    resumed training sees the same text as an uninterrupted one.
     """
     import torch
 
@@ -1245,7 +1258,7 @@ def train_model(folder: Path, seed: int, resume: bool) -> None:
         stage, step = schedule[number]
         if step == 0 or number == first_step:
             optimizers = make_optimizers(model, stage.learning_rate)
-            if step > 0:  # resumed in the middle of a stage
+            if step > 0:  # the training was interrupted in the middle of a stage
                 for optimizer, state in zip(optimizers, checkpoint["optimizers"], strict=True):
                     optimizer.load_state_dict(state)
         has_short_rows = step < stage.share_of_short_rows * stage.num_steps
