@@ -7,7 +7,7 @@
 
 Each model turn of a test conversation is one query: the turns before it are the prompt, and the
 turn itself is the reference. Results are written to evaluation_results/<model>/<run>/:
-predictions.jsonl (one query per line), run.json (how they were made), metrics.json and a picture.
+predictions.jsonl (one query per line), run.json (how they were made), metrics.json and a chart.
 docs/evaluation.md defines the scores.
 """
 
@@ -15,7 +15,6 @@ import argparse
 import ast
 import asyncio
 import contextlib
-import dataclasses
 import difflib
 import functools
 import hashlib
@@ -33,7 +32,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Self
 from urllib.parse import urlsplit
 
 import numpy
@@ -53,10 +52,10 @@ DEFAULT_MAX_NEW_TOKENS = 256  # as published
 
 
 def positive_int(text: str) -> int:
-    value = int(text)
-    if value <= 0:
-        raise argparse.ArgumentTypeError(f"must be greater than 0, not {text}")
-    return value
+    with contextlib.suppress(ValueError):
+        if int(text) > 0:
+            return int(text)
+    raise argparse.ArgumentTypeError(f"must be a whole number greater than 0, not {text}")
 
 
 def add_input_arguments(parser: argparse.ArgumentParser) -> None:
@@ -110,8 +109,8 @@ def add_generation_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-new-tokens",
         type=positive_int,
         metavar="N",
-        help="Maximum length of an output in tokens. With --predictions: the limit under which "
-        f"the predictions were made (default: {DEFAULT_MAX_NEW_TOKENS}).",
+        help="Maximum length of an output in tokens. With --predictions, the limit that was used "
+        f"to generate them (default: {DEFAULT_MAX_NEW_TOKENS}).",
     )
     group.add_argument(
         "--batch-size",
@@ -122,7 +121,8 @@ def add_generation_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--dtype",
         choices=["bfloat16", "float32"],
-        help="Data type of the weights (default: bfloat16 where the hardware supports it).",
+        help="Data type of the weights (default: bfloat16 where the hardware supports it, else "
+        "float32).",
     )
 
     group = parser.add_argument_group(
@@ -181,7 +181,7 @@ def add_result_arguments(parser: argparse.ArgumentParser) -> None:
     mode.add_argument(
         "--resume",
         action="store_true",
-        help="Continue an interrupted evaluation, and ask failed queries again.",
+        help="Continue an interrupted evaluation. Queries without an answer are sent again.",
     )
     mode.add_argument(
         "--overwrite",
@@ -306,14 +306,14 @@ def read_queries(path: Path, limit: int | None = None) -> list[dict]:
             queries += list_queries(row)
         except (KeyError, TypeError, AttributeError) as error:
             fail(
-                f"{place} is not a line of a split ({describe_error(error)}). Pass the "
-                f"{DEFAULT_TEST_FILE.name} that prepare_function_calling_dataset.py writes."
+                f"{place} does not have the format of a split ({describe_error(error)}). Run "
+                "prepare_function_calling_dataset.py again, or pass its test split as --test-file."
             )
     if not queries:
-        fail(f"{path} contains no model turn to evaluate")
+        fail(f"{path} contains no model turn to evaluate.")
     repeated_ids = [key for key, n in Counter(map(key_of, queries)).items() if n > 1]
     if repeated_ids:
-        fail(f"{path} contains the conversation id {repeated_ids[0][0]!r} twice")
+        fail(f"{path} contains the conversation id {repeated_ids[0][0]!r} twice.")
     return queries
 
 
@@ -376,14 +376,14 @@ def find_folder(
         )
     except (errors.RepositoryNotFoundError, errors.HFValidationError):
         fail(
-            f"{name} is neither a local folder nor a repository on the Hugging Face Hub. "
+            f"{name} is neither a local folder nor a repository on the Hub. "
             "Check the spelling. If the repository is private, run `hf auth login` first."
         )
     except errors.RevisionNotFoundError:
-        fail(f"{name} has no revision {revision} on the Hugging Face Hub")
+        fail(f"{name} has no revision {revision} on the Hub.")
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled):
         is_offline = huggingface_hub.constants.HF_HUB_OFFLINE
-        cause = "HF_HUB_OFFLINE is set" if is_offline else "the Hugging Face Hub cannot be reached"
+        cause = "HF_HUB_OFFLINE is set" if is_offline else "the Hub cannot be reached"
         remedy = "Run with HF_HUB_OFFLINE=0" if is_offline else "Check the network"
         fail(
             f"{name} is not a local folder, {cause}, and the download cache does not "
@@ -404,15 +404,15 @@ def find_adapter(args: argparse.Namespace) -> tuple[Path, str | None]:
             fail(
                 f"{folder} not found. If --model {args.model} is correct, run "
                 f"`{training_command(args)}` first, or pass --adapter for another adapter or "
-                "--baseline for the model before training."
+                "--baseline for the base model."
             )
     path = folder / "training_run.json"
-    if not path.is_file() and Path(f"{folder}-checkpoints", "run.json").is_file():
-        fail(
-            f"the training of {folder} is not finished. To continue it, run the same command of "
-            "function_calling_train.py again with --resume, not --overwrite."
-        )
     if not path.is_file():
+        if Path(f"{folder}-checkpoints", "run.json").is_file():
+            fail(
+                f"the training of {folder} is not finished. To continue it, run the same command "
+                "of function_calling_train.py again with --resume, not --overwrite."
+            )
         fail(
             f"{folder} is not a finished adapter: it contains no training_run.json. "
             "Pass the folder that function_calling_train.py wrote."
@@ -527,7 +527,7 @@ def generate_batch(
     return answers
 
 
-# Tokens of a batch: prompts and outputs, padding included.
+# Maximum number of tokens per batch, counting prompts, outputs and padding.
 TOKENS_AT_ONCE = {"cuda": 65_536, "mps": 16_384, "cpu": 16_384}
 
 
@@ -547,14 +547,10 @@ def ask_model(
             [query["prompt"] for query in queries], add_generation_prompt=True
         )["input_ids"]
     waiting = sorted(range(len(queries)), key=lambda n: len(prompts[n]), reverse=True)
-    token_budget = TOKENS_AT_ONCE[model.device.type]
-    if args.batch_size:
-        token_budget = args.batch_size * (len(prompts[waiting[0]]) + args.max_new_tokens)
+    token_budget = sys.maxsize if args.batch_size else TOKENS_AT_ONCE[model.device.type]
     while waiting:
         longest = len(prompts[waiting[0]]) + args.max_new_tokens
-        size = max(1, token_budget // longest)
-        if args.batch_size:
-            size = min(size, args.batch_size)
+        size = min(args.batch_size or len(waiting), max(1, token_budget // longest))
         batch = waiting[:size]
         answers = None
         try:
@@ -810,8 +806,8 @@ BASELINE = "baseline"  # names of results folders
 FINE_TUNED = "fine-tuned"
 RESULT_FILES = ["metrics.json", "scores.png", "comparison*.png"]  # of a report
 
-# The keys of run.json that identify a run: how messages call them, and the key whose value a reader
-# recognizes, where that is another one.
+# The keys of run.json that identify a run. Each has a name in messages and, if its value is a hash,
+# the key whose value is shown instead.
 RUN_KEYS = {
     "source": ("source", None),
     "model_path": ("--model", None),
@@ -879,9 +875,9 @@ class PredictionWriter:
             "score": score_output(kind, reference_ids, output_ids),
             "finish_reason": finish_reason,
         }
-        if error:
-            prediction["error"] = error
-            self.first_error = self.first_error or error
+        if finish_reason == "failed":
+            prediction["error"] = error or "the prediction is marked as failed"
+            self.first_error = self.first_error or prediction["error"]
         self.unwritten.append(json.dumps(prediction, ensure_ascii=False) + "\n")
         if self.file is None and finish_reason != "failed":
             self.open()
@@ -909,7 +905,7 @@ class PredictionWriter:
 
 
 def results_name(args: argparse.Namespace) -> str:
-    """The name of the results folder. The prefixes keep apart what could share a name."""
+    """The name of the results folder. Prefixes prevent collisions between kinds of runs."""
     if args.name:
         return args.name
     if args.baseline:
@@ -971,7 +967,7 @@ def describe_run(args: argparse.Namespace) -> dict:
 def read_run(results_dir: Path) -> dict:
     path = results_dir / "run.json"
     if not path.is_file() or not (results_dir / "predictions.jsonl").is_file():
-        fail(f"{results_dir} contains no evaluation: run.json or predictions.jsonl is missing")
+        fail(f"{results_dir} contains no evaluation: run.json or predictions.jsonl is missing.")
     with exit_on_error(path):
         return dict(json.loads(path.read_text(encoding="utf-8")))
 
@@ -979,7 +975,7 @@ def read_run(results_dir: Path) -> dict:
 def check_same_run(run: dict, results_dir: Path) -> None:
     """End the program if existing results were made in another way than the flags say.
 
-    What one of the two does not record is not compared.
+    Settings that only one of the two runs recorded are not compared.
     """
     earlier = read_run(results_dir)
     changes = []
@@ -1025,17 +1021,21 @@ def match_answers(path: Path, queries: list[dict]) -> dict[tuple[str, str], tupl
             )
         with exit_on_error(place):
             answers[key_of(row)] = read_answer(row)
+    if not answers:
+        fail(f"{path} contains no predictions.")
     ours = [key_of(query) for query in queries]
     matched = {key: answers[key] for key in ours if key in answers}
     if not matched:
-        theirs = next(iter(answers), ("none", "none"))
+        theirs = next(iter(answers))
         fail(
             f"no prediction in {path} matches a query of the test split. {path} has "
             f'conversation_id "{theirs[0]}" with turn {theirs[1]}, the test split has '
             f'conversation_id "{ours[0][0]}" with turn {ours[0][1]}.'
         )
     if len(matched) < len(answers):
-        print(f"Unused      {len(answers) - len(matched):,} predictions, which match no query")
+        print(
+            f"Unused      {len(answers) - len(matched):,} predictions match none of these queries"
+        )
     return matched
 
 
@@ -1044,7 +1044,7 @@ def evaluate(args: argparse.Namespace, results_dir: Path, queries: list[dict]) -
     args.max_new_tokens = args.max_new_tokens or DEFAULT_MAX_NEW_TOKENS
     run = describe_run(args)
     is_local = not (args.server or args.predictions)
-    given = match_answers(args.predictions, queries) if args.predictions else {}
+    answers_of_file = match_answers(args.predictions, queries) if args.predictions else {}
     adapter_dir = None
     revision = args.revision
     if is_local and not args.baseline:
@@ -1061,24 +1061,26 @@ def evaluate(args: argparse.Namespace, results_dir: Path, queries: list[dict]) -
         run["dtype"] = str(dtype).removeprefix("torch.")
         print(f"Model       {describe_model(args, adapter_dir, run['dtype'], device)}", flush=True)
     answered = read_answered(results_dir, run) if args.resume else set()
-    left = [query for query in queries if key_of(query) not in answered]
+    unanswered = [query for query in queries if key_of(query) not in answered]
     if args.predictions:
-        left = [query for query in left if key_of(query) in given]
+        unanswered = [query for query in unanswered if key_of(query) in answers_of_file]
     if args.baseline:
-        left = [{**query, "prompt": write_for_baseline(query["prompt"], scorer)} for query in left]
-    if not left:
+        unanswered = [
+            {**query, "prompt": write_for_baseline(query["prompt"], scorer)} for query in unanswered
+        ]
+    if not unanswered:
         return
     with PredictionWriter(results_dir, run, scorer, is_resumed=bool(answered)) as writer:
         if args.predictions:
-            for query in left:
-                writer.write(query, *given[key_of(query)])
+            for query in unanswered:
+                writer.write(query, *answers_of_file[key_of(query)])
         elif args.server:
             print(f"Server      {args.server_model} on {run['server']}", flush=True)
-            asyncio.run(ask_server(left, args, writer.write))
+            asyncio.run(ask_server(unanswered, args, writer.write))
         else:
             model, tokenizer = load_for_generation(model_dir, adapter_dir, device, dtype)
-            answers = ask_model(left, model, tokenizer, args)
-            progress = tqdm(answers, "Answering", len(left), unit=" queries", disable=None)
+            answers = ask_model(unanswered, model, tokenizer, args)
+            progress = tqdm(answers, "Answering", len(unanswered), unit=" queries", disable=None)
             for query, text, finish_reason in progress:
                 writer.write(query, text, finish_reason)
     if writer.unwritten:
@@ -1112,7 +1114,7 @@ def load_for_generation(
 
 # ---- Judge: calls and tools
 
-# How data sets write the types of JSON Schema. "any" means that any type is right.
+# How datasets write the types of JSON Schema. "any" means that any type is right.
 TYPE_NAMES = {
     **dict.fromkeys(["dict", "map"], "object"),
     **dict.fromkeys(["list", "tuple", "set"], "array"),
@@ -1152,7 +1154,7 @@ OBJECT_KEYWORDS = {
 
 
 def read_literal(text: str) -> Any:
-    """Read JSON, or else a Python literal: the published data set exists in both."""
+    """Read JSON, or else a Python literal: the published dataset exists in both."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
@@ -1203,7 +1205,7 @@ def read_schema(part: dict) -> dict:
     if isinstance(types, str | list):
         types = [types] if isinstance(types, str) else types
         types = {read_type(name) for name in types}
-        if part.get("nullable") is True:  # OpenAPI's word
+        if part.get("nullable") is True:  # OpenAPI's keyword for a nullable type
             types.add("null")
         part["type"] = None if "any" in types else sorted(types)
     if part.pop("patternProperties", None):  # then any name of an argument may be right
@@ -1394,8 +1396,9 @@ def judge_turn(
     if calls is not None:
         calls = sorted((call["name"], call["text"]) for call in calls)
     is_right = expected == calls
-    reason = read_finish_reason(prediction["finish_reason"])
-    verdict["failure"] = find_failure(reason, expected, calls, is_right)
+    verdict["failure"] = find_failure(
+        read_finish_reason(prediction["finish_reason"]), expected, calls, is_right
+    )
     if not is_needed:
         return verdict
     names = [[name for name, _ in found] for found in (expected, calls or [])]
@@ -1475,11 +1478,12 @@ def resample(turns: list[dict]) -> tuple[numpy.ndarray, numpy.ndarray]:
 
     Samples draw conversations, because the turns of one conversation are not independent.
     """
+    columns = {metric: i for i, metric in enumerate(METRICS)}
     sums_of = {}
     for turn in turns:
         sums = sums_of.setdefault(turn["conversation_id"], numpy.zeros((len(METRICS), 2)))
         for metric, pair in turn["counts"].items():
-            sums[list(METRICS).index(metric)] += pair
+            sums[columns[metric]] += pair
     sums = numpy.array(list(sums_of.values()))
     share = numpy.full(len(sums), 1 / len(sums))
     drawn = numpy.random.default_rng(0).multinomial(len(sums), share, size=NUM_SAMPLES)
@@ -1524,7 +1528,11 @@ def summarize(turns: list[dict]) -> dict:
 
 # ---- Report
 
-MAIN_METRICS = ["turn_right", "function_calling", "helpful_exchange"]
+MAIN_METRICS = {  # with their labels in charts
+    "turn_right": "Exact calls",
+    "function_calling": "Function calling\n(token overlap)",
+    "helpful_exchange": "Helpful exchange\n(token overlap)",
+}
 
 # Baseline, fine-tuned (README) and fine-tuned (notebook) of the original, on its first 300 test
 # conversations.
@@ -1544,8 +1552,7 @@ CONDITIONS = ["test_split_sha256", "prompt_sha256", "max_new_tokens"]
 REMARKED = ["model_path", "commit", "dtype"]
 
 
-@dataclasses.dataclass
-class Comparison:
+class Comparison(NamedTuple):
     """The run to compare with, and the queries that it shares with the run being reported."""
 
     folder: Path
@@ -1559,13 +1566,14 @@ class Comparison:
 
 def find_comparison(args: argparse.Namespace, results_dir: Path) -> Path | None:
     """The results folder to compare with, None if there is none."""
-    folder = args.compare_with
-    if folder is None:
+    if args.compare_with is None:
         folder = results_dir.with_name(BASELINE)
         if folder == results_dir or not (folder / "predictions.jsonl").is_file():
             return None
-    elif folder.resolve() == results_dir.resolve():
-        fail(f"--compare-with {folder} is the folder of the run itself")
+    else:
+        folder = args.compare_with.resolve()
+        if folder == results_dir.resolve():
+            fail(f"--compare-with {args.compare_with} is the folder of the run itself.")
     read_run(folder)
     return folder
 
@@ -1599,10 +1607,10 @@ def compare_runs(
     if run["test_split_sha256"] == theirs.get("test_split_sha256"):
         judged = judge_predictions(folder / "predictions.jsonl", queries, seen)
     both = [key for key in turns if key in judged]
-    has_same_name = folder.name == results_dir.name
+    is_ambiguous = folder.name in (results_dir.name, "difference")
     return Comparison(
         folder=folder,
-        label=str(folder) if has_same_name else folder.name,
+        label=f"{folder.parent.name}/{folder.name}" if is_ambiguous else folder.name,
         conditions=describe_changes(CONDITIONS),
         remarks=describe_changes(recorded),
         is_limit_unknown="predictions file" in (run.get("source"), theirs.get("source")),
@@ -1664,11 +1672,6 @@ def plot_scores(columns: dict[str, dict], title: str, path: Path) -> None:
     """Draw the main scores with their intervals, one bar for each run that measured them."""
     from matplotlib.figure import Figure
 
-    names = {
-        "turn_right": "Exact calls",
-        "function_calling": "Function calling\n(token overlap)",
-        "helpful_exchange": "Helpful exchange\n(token overlap)",
-    }
     metrics = [metric for metric in MAIN_METRICS if any(metric in c for c in columns.values())]
     height = 0.8 / len(columns)
     figure = Figure(figsize=(8, 1.2 + 0.55 * len(metrics) * len(columns)), layout="constrained")
@@ -1679,7 +1682,7 @@ def plot_scores(columns: dict[str, dict], title: str, path: Path) -> None:
         places = [metrics.index(metric) + (number + 0.5) * height - 0.4 for metric in measured]
         values = numpy.array([scores[metric]["value"] for metric in measured])
         bounds = numpy.array([scores[metric]["interval"] for metric in measured]).reshape(-1, 2)
-        is_other = label == BASELINE or (len(columns) == 2 and number == 0)
+        is_other = number == 0 if len(columns) == 2 else label == BASELINE
         color = "#9aa5b1" if is_other else "#1f6fb4"
         axes.barh(places, values, height * 0.92, color=color, label=label)
         axes.hlines(places, bounds[:, 0], bounds[:, 1], color="#222222", linewidth=1.2)
@@ -1688,7 +1691,7 @@ def plot_scores(columns: dict[str, dict], title: str, path: Path) -> None:
     labels = []
     for metric in metrics:
         counts = {scores[metric]["n"] for scores in columns.values() if metric in scores}
-        labels.append(f"{names[metric]}\nn = {'/'.join(map(str, sorted(counts)))}")
+        labels.append(f"{MAIN_METRICS[metric]}\nn = {'/'.join(map(str, sorted(counts)))}")
     axes.set_yticks(range(len(metrics)), labels)
     axes.set_ylim(len(metrics) - 0.5, -0.5)
     axes.set_xlim(0, 1.1)
@@ -1707,14 +1710,14 @@ def draw_report(
     comparison: Comparison | None,
     is_default: bool,
 ) -> Path:
-    """Draw the picture of a report into the folder of its run; return its path."""
+    """Draw the chart of a report into the folder of its run; return its path."""
     label = results_dir.name
     model = metrics["run"]["model"]
     name = "scores.png"
     title = f"{model}: {label}, {metrics['queries']:,} queries"
     comparison_name = "comparison.png"
     if comparison and not is_default:
-        other = comparison.folder.resolve()
+        other = comparison.folder
         comparison_name = f"comparison-with-{other.parent.name}-{other.name}.png"
     if "difference" in columns:
         columns = {title: columns[title] for title in (comparison.label, label)}
@@ -1722,7 +1725,7 @@ def draw_report(
         title = f"{model}: {comparison.label} and {label}, {len(comparison.ours):,} queries"
     else:
         columns = {label: metrics["scores"]}
-        (results_dir / comparison_name).unlink(missing_ok=True)  # no longer true
+        (results_dir / comparison_name).unlink(missing_ok=True)  # an outdated chart
     plot_scores(columns, title, results_dir / name)
     return results_dir / name
 
@@ -1768,11 +1771,11 @@ def report_results(
     metrics["run"] = run
     path = results_dir / "metrics.json"
     path.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
-    picture = draw_report(results_dir, columns, metrics, comparison, not args.compare_with)
+    chart = draw_report(results_dir, columns, metrics, comparison, not args.compare_with)
 
     num_answered = len(turns) - metrics["failures"]["failed"]
     print(f"Results     {results_dir}/, {num_answered:,} of {len(queries):,} queries answered")
-    print(f"Picture     {picture}")
+    print(f"Chart       {chart}")
     print_comparison(comparison)
     published = None
     is_local = run.get("source") in ("adapter", "local model")
@@ -1804,9 +1807,11 @@ def print_comparison(comparison: Comparison | None) -> None:
         num_shared = len(comparison.ours)
         print(f"Compared    with {comparison.folder}/ on the {num_shared:,} queries in both runs")
     if comparison.is_limit_unknown and not comparison.conditions:
-        print("Note        --max-new-tokens is assumed, not known, for predictions made elsewhere")
+        print(
+            "Note        the --max-new-tokens of predictions made elsewhere is assumed, not known"
+        )
     if comparison.remarks:
-        print(f"Note        the runs also differ in {'; '.join(comparison.remarks)}")
+        print(f"Note        these also differ: {'; '.join(comparison.remarks)}")
 
 
 def print_counts(metrics: dict) -> None:
@@ -1919,15 +1924,17 @@ def run(args: argparse.Namespace, argv: list[str]) -> None:
         evaluate(args, results_dir, queries)
     turns = report_results(args, results_dir, queries, seen_tools, compare_dir)
     failed = [turn for turn in turns if turn["failure"] == "failed"]
+    num_missing = len(queries) - len(turns)
     if failed:
-        num_left = len(queries) - len(turns)
-        left = f", and {num_left} queries were not asked" if num_left else ""
+        missing = f", and {num_missing} queries were not sent" if num_missing else ""
         fail(
-            f"{len(failed)} queries failed and count as wrong{left}. Use --resume to ask "
-            f"them again. The first is conversation {failed[0]['conversation_id']}, turn "
+            f"{len(failed)} queries failed (no answer) and count as wrong{missing}. Use --resume "
+            f"to send them again. The first is conversation {failed[0]['conversation_id']}, turn "
             f"{failed[0]['turn']}: {failed[0].get('error')}"
         )
-    if not args.show_failures:
+    if num_missing and not args.predictions:
+        print(f"Unfinished  {num_missing:,} queries have no output yet. Use --resume to continue.")
+    elif not args.show_failures:
         print(f"Next        {next_command(args, argv)}")
 
 

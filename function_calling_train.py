@@ -44,10 +44,10 @@ DEFAULT_MODEL = "google/gemma-3-1b-it"
 DEFAULT_TRAIN_FILE = Path("processed_data/function_calling_train.jsonl")
 LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
-# Gemma's turns. A server sends OpenAI-style messages, and this renders them as step 1 does: tools
-# in the first user turn, calls and results as tagged blocks, neighboring messages of a role as one
-# turn. JSON has a macro, since the tojson filter differs between template engines. make_template
-# fills in the names in capitals.
+# The chat template. It renders OpenAI-style messages exactly as step 1 renders a row: tools in the
+# first user turn, calls and results as tagged blocks, neighboring messages of a role as one turn.
+# It has its own JSON macro, because the tojson filter differs between template engines.
+# make_template replaces the names in capitals.
 CHAT_TEMPLATE = r"""
 {%- macro plain(text) -%}
     {%- set written = namespace(text=text | trim) -%}
@@ -306,8 +306,9 @@ CHAT_TEMPLATE = r"""
 {{- '<start_of_turn>model\n' if add_generation_prompt else '' -}}
 """.lstrip()
 
-# How a turn of the model is written. The generation marks tell transformers which tokens to mask:
-# those that carry loss or, where the prompt carries loss as well, those of turns that do not.
+# How a turn of the model is written. The generation tags mark tokens for transformers. For
+# --loss-on model-turns they mark the tokens that carry loss, and for --loss-on all the turns that
+# carry none.
 MARKED_TURN = (
     "{%- if IS_MARKED -%}{%- generation -%}{{- turn -}}{%- endgeneration -%}"
     "{%- else -%}{{- turn -}}{%- endif -%}"
@@ -320,38 +321,38 @@ MODEL_TURNS = {
 
 
 def positive_int(text: str) -> int:
-    value = int(text)
-    if value <= 0:
-        raise argparse.ArgumentTypeError(f"must be greater than 0, not {text}")
-    return value
+    with contextlib.suppress(ValueError):
+        if int(text) > 0:
+            return int(text)
+    raise argparse.ArgumentTypeError(f"must be a whole number greater than 0, not {text}")
 
 
 def positive_float(text: str) -> float:
-    value = float(text)
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"must be a finite number greater than 0, not {text}")
-    return value
+    with contextlib.suppress(ValueError):
+        if 0 < float(text) < math.inf:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"must be a finite number greater than 0, not {text}")
 
 
-def positive_share(text: str) -> float:
-    value = float(text)
-    if not 0 < value < 1:
-        raise argparse.ArgumentTypeError(f"must be between 0 and 1, not {text}")
-    return value
+def share(text: str) -> float:
+    with contextlib.suppress(ValueError):
+        if 0 < float(text) < 1:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"must be between 0 and 1, not {text}")
 
 
 def probability(text: str) -> float:
-    value = float(text)
-    if not 0 <= value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 0 and less than 1, not {text}")
-    return value
+    with contextlib.suppress(ValueError):
+        if 0 <= float(text) < 1:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"must be at least 0 and less than 1, not {text}")
 
 
 def seed(text: str) -> int:
-    value = int(text)
-    if not 0 <= value < 2**32:
-        raise argparse.ArgumentTypeError(f"must be between 0 and {2**32 - 1}, not {text}")
-    return value
+    with contextlib.suppress(ValueError):
+        if 0 <= int(text) < 2**32:
+            return int(text)
+    raise argparse.ArgumentTypeError(f"must be a whole number from 0 to {2**32 - 1}, not {text}")
 
 
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:
@@ -381,16 +382,16 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--validation-size",
-        type=positive_share,
+        type=share,
         default=0.2,
-        help="Share of the train split that is held out for validation (default: %(default)s).",
+        help="Fraction of the train split that is held out for validation (default: %(default)s).",
     )
     group.add_argument(
         "--loss-on",
         choices=["model-turns", "all"],
         default="model-turns",
-        help="Tokens that carry loss: those of the model's turns, or all of them, as in the "
-        "original code (default: %(default)s).",
+        help="Tokens to train on: those of the model's turns, or all of them as in the original "
+        "code (default: %(default)s).",
     )
 
 
@@ -488,13 +489,14 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         help="Folder of the adapter (default: LoRA_<model name>-function_calling).",
     )
-    group.add_argument(
+    existing_run = group.add_mutually_exclusive_group()
+    existing_run.add_argument(
         "--resume",
         action="store_true",
         help="Continue an interrupted run from its last checkpoint. With a finished run, only "
         "--merge and --push-to-hub have an effect.",
     )
-    group.add_argument(
+    existing_run.add_argument(
         "--overwrite",
         action="store_true",
         help="Start over and replace the run in the output folder.",
@@ -502,7 +504,8 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--merge",
         action="store_true",
-        help="Also write the base model with the adapter merged into it, to <output dir>-merged.",
+        help="Also write the base model with the adapter merged into it, to <output dir>-merged. "
+        "That folder can be the --model of another training run.",
     )
     group.add_argument(
         "--push-to-hub",
@@ -526,8 +529,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add_hardware_arguments(parser)
     add_run_arguments(parser)
     args = parser.parse_args(argv)
-    if args.resume and args.overwrite:
-        parser.error("--resume continues a run and --overwrite replaces it. Pass only one of them.")
     args.model_name = Path(args.model).expanduser().resolve().name
     args.default_output_dir = Path(f"LoRA_{args.model_name}-function_calling")
     args.output_dir = args.output_dir or args.default_output_dir
@@ -570,33 +571,36 @@ def read_split(path: Path) -> tuple[list[list[dict]], dict[str, str]]:
     except (ValueError, KeyError, TypeError):
         fail(f"{info} does not contain the wording of the prompts. {advice}")
     conversations = []
-    with open(path, encoding="utf-8") as lines:
+    with open(path, "rb") as lines:
         for number, line in enumerate(lines, start=1):
             try:
                 conversations.append(read_messages(line))
-            except (ValueError, KeyError, TypeError):
-                fail(f"{path}, line {number} is not a line of a split. {advice}")
+            except (ValueError, KeyError, TypeError, RecursionError):
+                fail(f"{path}, line {number} does not have the format of a split. {advice}")
     return conversations, wording
 
 
-def read_messages(line: str) -> list[dict]:
-    """Return the messages of a line of a split. Raises an error for a row that step 1 must read."""
+def read_messages(line: bytes) -> list[dict]:
+    """Return the messages of a line of a split.
+
+    Raises ValueError, KeyError or TypeError for a row that step 1 has not converted.
+    """
     row = json.loads(line)
     messages = row["messages"]
-    is_split = isinstance(row["tools"], str | None)
+    if not messages or not isinstance(row["tools"], str | None):
+        raise ValueError("a row that step 1 has not converted")
     for message in messages:
-        is_text = isinstance(message["content"], str)
-        is_split = is_split and is_text and message["role"] in ("user", "assistant", "tool")
-    if not is_split:
-        raise ValueError
+        is_known = message["role"] in ("user", "assistant", "tool")
+        if not is_known or not isinstance(message["content"], str):
+            raise ValueError("a message that step 1 has not converted")
     return messages
 
 
 def make_template(wording: dict[str, str], tokenizer: PreTrainedTokenizerBase, use: str) -> str:
     """Return the chat template with the wording of step 1's prompt.
 
-    `use` is "serving", or what --loss-on says for training. A space before the last character
-    breaks up each of the tokenizer's control tokens, so that no text can forge a turn.
+    `use` is "serving" or the value of --loss-on. In the text of messages, the template breaks up
+    control tokens with a space before their last character, so that no text can start a turn.
     """
     added = tokenizer.added_tokens_decoder.values()
     control_tokens = {token.content for token in added if token.special}
@@ -635,7 +639,7 @@ def find_model(args: argparse.Namespace) -> tuple[Path, str | None]:
     except errors.RepositoryNotFoundError:
         fail(
             f"--model {args.model} is neither a local folder nor a model on the Hub. Check the "
-            "name. If the model is private, run `hf auth login` first."
+            "spelling. If the model is private, run `hf auth login` first."
         )
     except errors.RevisionNotFoundError:
         fail(f"--revision {args.revision} does not exist. See {page}/tree/main for those that do.")
@@ -743,7 +747,7 @@ def choose_device(dtype: str | None = None) -> tuple[str, torch.dtype]:
 # attention width). tests/benchmarks/estimate_memory.py measures them.
 ACTIVATION_BYTES = {"bfloat16": (47, 13, 17), "float32": (57, 21, 25)}
 OTHER_BYTES = 2e9  # CUDA itself, the loss, the LoRA weights and their optimizer
-USABLE_SHARE = 0.9  # of the GPU's memory; batches of many lengths leave gaps in the rest
+USABLE_SHARE = 0.9  # of the GPU's memory; batches of varying length fragment the rest
 
 
 def estimate_memory(model: PreTrainedModel, num_tokens: int, checkpointing: bool) -> float:
@@ -810,17 +814,10 @@ class StopOnNaN:
 
 
 class ReportProgress:
-    """Prints a line at each validation and otherwise once a minute, next to any progress bar.
+    """Prints a line at each validation and otherwise at most once a minute.
 
     It also adds the seconds so far to the log, including the earlier parts of a resumed run.
     """
-
-    seconds_before = 0.0
-    first_step = 0
-
-    def on_init_end(self, args, state, control, **kwargs):
-        self.start = time.monotonic()
-        self.last_line = self.start
 
     def on_train_begin(self, args, state, control, **kwargs):
         super().on_train_begin(args, state, control, **kwargs)  # the progress bar
@@ -829,6 +826,12 @@ class ReportProgress:
         self.first_step = state.global_step
         self.start = time.monotonic()
         self.last_line = self.start
+
+    def close_bars(self):
+        """Close the bars of ProgressCallback, which does so only after a complete training."""
+        for name in ("prediction_bar", "training_bar"):
+            if bar := getattr(self, name, None):
+                bar.close()
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         from tqdm import tqdm
@@ -895,12 +898,20 @@ def make_config(
         logging_steps=0.01,
         logging_nan_inf_filter=False,
         report_to=args.report_to,
-        disable_tqdm=True,  # ReportProgress takes the place of the Trainer's own reports
+        disable_tqdm=True,  # the Trainer would print every log; see ReportProgress
     )
 
 
 # Conversations that are validated at once on CUDA, where one at a time would leave the GPU idle
 CUDA_VALIDATION_BATCH = 8
+
+
+def make_callbacks() -> list:
+    """Our callbacks, with a progress bar on a terminal."""
+    from transformers import ProgressCallback, TrainerCallback
+
+    progress_base = ProgressCallback if sys.stderr.isatty() else TrainerCallback
+    return [with_base(StopOnNaN, TrainerCallback)(), with_base(ReportProgress, progress_base)()]
 
 
 def build_trainer(
@@ -916,7 +927,6 @@ def build_trainer(
     import torch
     import transformers
     from peft import LoraConfig
-    from transformers.trainer_callback import ProgressCallback
     from trl import SFTTrainer
 
     num_processes = int(os.environ.get("WORLD_SIZE", 1))
@@ -945,13 +955,6 @@ def build_trainer(
     )
     is_labelled = device != "cuda" and args.loss_on == "model-turns"
     trainer_class = with_base(LabelledTrainer, SFTTrainer) if is_labelled else SFTTrainer
-    progress_base = transformers.TrainerCallback
-    if sys.stderr.isatty():
-        progress_base = ProgressCallback
-    callbacks = [
-        with_base(StopOnNaN, transformers.TrainerCallback)(),
-        with_base(ReportProgress, progress_base)(),
-    ]
     trainer = trainer_class(
         model,
         make_config(
@@ -961,7 +964,7 @@ def build_trainer(
         eval_dataset=validation,
         processing_class=tokenizer,
         peft_config=lora,
-        callbacks=callbacks,
+        callbacks=make_callbacks(),
     )
     trainer.remove_callback(transformers.PrinterCallback)
     for parameter in trainer.model.parameters():
@@ -981,17 +984,19 @@ def train(trainer: SFTTrainer, checkpoint: Path | None) -> None:
     """Train from a checkpoint, or from the start, and end with the best weights on validation."""
     from transformers import TrainerState
 
-    if checkpoint is None:
-        trainer.train()
-        return
-    state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
-    if state.global_step < state.max_steps:
-        trainer.train(resume_from_checkpoint=str(checkpoint))
-        return
-    # All steps are done, and trainer.train() would do one more.
-    best = checkpoint.with_name(f"checkpoint-{state.best_global_step}")
-    trainer.state = state
-    trainer.model.load_adapter(str(best), trainer.model.active_adapter)
+    if checkpoint:
+        state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        if state.global_step >= state.max_steps:  # trainer.train() would do one step more
+            best = checkpoint.with_name(f"checkpoint-{state.best_global_step}")
+            trainer.state = state
+            trainer.model.load_adapter(str(best), trainer.model.active_adapter)
+            return
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    finally:
+        for callback in trainer.callback_handler.callbacks:
+            if isinstance(callback, ReportProgress):
+                callback.close_bars()  # so that an error starts on a line of its own
 
 
 # The arguments that a result depends on. A run can be resumed with the same values only.
@@ -1037,7 +1042,7 @@ def describe_change(name: str, before: object, now: object) -> str:
 
 
 def check_earlier_run(args: argparse.Namespace, run: dict) -> None:
-    """Stop unless the folders are free, or hold a run that is to be replaced or continued."""
+    """Stop unless the folders are empty, or contain a run that may be replaced or continued."""
     begun = args.checkpoint_dir / "run.json"
     finished = args.output_dir / "training_run.json"
     earlier = begun if begun.is_file() else finished
@@ -1167,7 +1172,7 @@ def copy_files(names: list[str], source: Path, target: Path) -> None:
 def write_results(
     trainer: SFTTrainer, model_dir: Path, template: str, args: argparse.Namespace, run: dict
 ) -> None:
-    """Write all that is needed in addition to the base model; training_run.json comes last."""
+    """Write everything that the adapter folder contains. training_run.json is written last."""
     from transformers import GenerationConfig
 
     state = trainer.state
@@ -1179,9 +1184,13 @@ def write_results(
     lora.base_model_name_or_path = args.model if is_hub_model else str(model_dir.resolve())
     lora.revision = run["commit"]
     trainer.model.save_pretrained(folder, save_embedding_layers=False)
-    (folder / "README.md").unlink(missing_ok=True)  # PEFT's; write_model_card has our own
+    (folder / "README.md").unlink(
+        missing_ok=True
+    )  # PEFT's model card; write_model_card writes ours
 
-    copy_files(TOKENIZER_FILES, model_dir, folder)  # the base model's, with another template
+    copy_files(
+        TOKENIZER_FILES, model_dir, folder
+    )  # only the chat template differs from the base model
     (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
     config_path = folder / "tokenizer_config.json"
     config = json.loads(config_path.read_text(encoding="utf-8")) | {"chat_template": template}
@@ -1346,19 +1355,20 @@ def write_model_card(args: argparse.Namespace, training_run: dict) -> None:
     from huggingface_hub import ModelCardData
 
     info = json.loads(args.train_file.with_name("dataset_info.json").read_text(encoding="utf-8"))
-    is_published = info.get("is_published_split", False)
+    dataset = None
+    if info.get("is_published_split"):
+        dataset = PUBLISHED_DATA
+    elif info.get("is_hub_dataset"):
+        dataset = info["source"]["dataset"]
     is_hub_model = training_run["commit"] is not None
     front_matter = ModelCardData(
         base_model=args.model if is_hub_model else None,  # the Hub accepts only its own ids
-        datasets=[PUBLISHED_DATA] if is_published else None,
+        datasets=[dataset] if dataset else None,
         library_name="peft",
         license="gemma",
         pipeline_tag="text-generation",
         tags=["lora", "function-calling", "gemma-3"],
     )
-    source = "local data"
-    if is_published:
-        source = f"[{PUBLISHED_DATA}](https://huggingface.co/datasets/{PUBLISHED_DATA})"
     address = args.push_to_hub or str(args.output_dir)
     template = f"{address}/chat_template.jinja"
     download = ""
@@ -1372,7 +1382,9 @@ def write_model_card(args: argparse.Namespace, training_run: dict) -> None:
         front_matter=front_matter.to_yaml(),
         name=args.output_dir.name,
         base=args.model,
-        source=source,
+        source=f"[{dataset}](https://huggingface.co/datasets/{dataset})"
+        if dataset
+        else "local data",
         **training_run["conversations"],
         recipe=RECIPE_IN_WORDS.format(**training_run, steps=steps, precision=precision),
         loss=best_loss(training_run),
@@ -1383,7 +1395,9 @@ def write_model_card(args: argparse.Namespace, training_run: dict) -> None:
         download=download,
         template=template,
         vllm_rank=max(16, 2 ** math.ceil(math.log2(training_run["lora_rank"]))),
-        data_license=" The training data is licensed under Apache-2.0." if is_published else "",
+        data_license=(
+            " The training data is licensed under Apache-2.0." if dataset == PUBLISHED_DATA else ""
+        ),
     )
     path = args.output_dir / "README.md"
     if not path.is_file() or path.read_text(encoding="utf-8") != card:
@@ -1403,7 +1417,7 @@ def push_adapter(args: argparse.Namespace) -> None:
 
 
 def create_repository(repository: str) -> str:
-    """Create the repository of --push-to-hub now, so that a mistake does not cost a training.
+    """Create the repository of --push-to-hub now, so that a typo does not waste a training run.
 
     Returns its full name: the Hub puts the user's name before a name without a slash.
     """
@@ -1413,7 +1427,7 @@ def create_repository(repository: str) -> str:
     try:
         return HfApi().create_repo(repository, private=True, exist_ok=True).repo_id
     except (errors.HfHubHTTPError, errors.LocalTokenNotFoundError, ValueError) as error:
-        fail(f"--push-to-hub {repository} cannot be created: {describe(error)}. {advice}")
+        fail(f"--push-to-hub {repository} cannot be created ({describe(error)}). {advice}")
     except (OSError, errors.HTTPError):
         fail(
             f"--push-to-hub {repository}: cannot connect to the Hub. Check the network connection, "
@@ -1535,7 +1549,7 @@ def print_start(
     print(
         f"Data        {len(trainer.train_dataset):,} conversations for training, "
         f"{len(trainer.eval_dataset):,} for validation, {num_dropped:,} dropped "
-        f"(over {args.max_length:,} tokens, or in an incomplete last step)",
+        f"(over {args.max_length:,} tokens, or left over after the last full step)",
         flush=True,
     )
     if args.report_to == "tensorboard":

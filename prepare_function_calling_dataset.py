@@ -12,6 +12,7 @@ source, the counts, the prompt's wording, and everything in the rows that was no
 
 import argparse
 import ast
+import contextlib
 import gzip
 import hashlib
 import itertools
@@ -52,6 +53,20 @@ THINK_INSTRUCTION = (
 )
 
 
+def share(text: str) -> float:
+    with contextlib.suppress(ValueError):
+        if 0 < float(text) < 1:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"must be between 0 and 1, not {text}")
+
+
+def seed(text: str) -> int:
+    with contextlib.suppress(ValueError):
+        if 0 <= int(text) < 2**32:
+            return int(text)
+    raise argparse.ArgumentTypeError(f"must be a whole number from 0 to {2**32 - 1}, not {text}")
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     data = parser.add_argument_group("data")
@@ -90,12 +105,13 @@ def build_parser() -> argparse.ArgumentParser:
     )
     split.add_argument(
         "--test-size",
-        type=float,
+        type=share,
+        metavar="SHARE",
         help=f"Fraction of the rows that becomes the test split (default: {DEFAULT_TEST_SIZE}).",
     )
     split.add_argument(
         "--seed",
-        type=int,
+        type=seed,
         help=f"Seed of the random split (default: {DEFAULT_SEED}).",
     )
     split.add_argument(
@@ -123,10 +139,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--config, --split and --revision are for datasets on the Hub, not for a file")
     args.test_size = DEFAULT_TEST_SIZE if args.test_size is None else args.test_size
     args.seed = DEFAULT_SEED if args.seed is None else args.seed
-    if not 0 < args.test_size < 1:
-        parser.error(f"--test-size must be between 0 and 1, not {args.test_size}")
-    if not 0 <= args.seed < 2**32:
-        parser.error(f"--seed must be between 0 and {2**32 - 1}, not {args.seed}")
     if args.config is None and args.dataset == DEFAULT_DATASET:
         args.config = DEFAULT_CONFIG
     return args
@@ -173,11 +185,11 @@ def parse_json_values(text: str) -> list:
         try:
             value, position = decoder.raw_decode(text, match.start())
         except json.JSONDecodeError as error:
-            # In an array, the line of the error. Otherwise, the line with the incomplete row.
-            place = error.pos if match[0] == "[" else match.start()
-            line_number = text.count("\n", 0, place) + 1
+            start = text.count("\n", 0, match.start()) + 1
+            end = text.count("\n", 0, error.pos) + 1
+            where = f" (the error is in line {end})" if end > start else ""
             raise ValueError(
-                f"line {line_number} is not valid JSON. A .jsonl file has one JSON object per "
+                f"line {start} is not valid JSON{where}. A .jsonl file has one JSON object per "
                 "line, and a .json file has an array of objects. Save other formats as one of "
                 "these."
             ) from None
@@ -310,7 +322,8 @@ def has_content(value: Any) -> bool:
     return value is not None and value != ""
 
 
-JSON_START = re.compile(r'{\s*["}]|\[\s*{')  # of an object, or of an array of objects
+# The start of a JSON object, or of an array of objects.
+JSON_START = re.compile(r'{\s*["}]|\[\s*{')
 
 
 def find_json(text: str) -> Iterator[tuple[int, int, Any]]:
@@ -366,7 +379,7 @@ def report_unread(mapping: dict, place: str, notices: Counter) -> None:
 
 # ---- Tools
 
-# Where data sets keep a row's tools.
+# Where datasets keep a row's tools.
 TOOL_KEYS = [
     "tools",
     "available_tools",
@@ -494,12 +507,7 @@ def read_arguments(arguments: Any, keep_nulls: bool, notices: Counter) -> str:
     """Return the arguments of a call as JSON text. Text keeps its spacing and its nulls."""
     if arguments is None or (isinstance(arguments, str) and not arguments.strip()):
         return "{}"
-    try:
-        value = parse_nested(arguments)
-    except ValueError:
-        raise ValueError(
-            "a call whose arguments are text that is neither JSON nor Python"
-        ) from None
+    value = parse_nested(arguments)
     if value is None or value == "" or value == []:
         return "{}"
     if not isinstance(value, dict):
@@ -557,7 +565,13 @@ def take_arguments(function: dict, call: dict) -> Any:
     given = [part.pop(key) for part in (function, call) for key in ARGUMENT_KEYS if key in part]
     given = [value for value in given if not isinstance(value, str) or value.strip()]
     with_content = [value for value in given if value != {}]
-    if any(parse_nested(value) != parse_nested(with_content[0]) for value in with_content):
+    try:
+        parsed = [parse_nested(value) for value in with_content]
+    except ValueError:
+        raise ValueError(
+            "a call whose arguments are text that is neither JSON nor Python"
+        ) from None
+    if any(value != parsed[0] for value in parsed):
         raise ValueError("a call with different arguments in two places")
     others = [key for key in (*function, *call) if key != "index"]
     others = [key for key in others if has_content({**call, **function}[key])]
@@ -586,7 +600,8 @@ def render_calls(calls: list[dict]) -> str:
 
 # ---- Messages
 
-# The roles of data sets, as OpenAI's. A turn of CALL_ROLES contains only calls, as JSON.
+# Role names found in datasets, mapped to OpenAI's roles. A turn of CALL_ROLES contains only calls,
+# as JSON.
 CALL_ROLES = ["function_call", "tool_call", "tool_calls"]
 ROLES = {
     **dict.fromkeys(["system", "developer"], "system"),
@@ -597,7 +612,7 @@ ROLES = {
     **dict.fromkeys(["tool_result", "tool_results"], "tool"),
 }
 SYSTEM_KEYS = ["system", "system_prompt"]
-LANGCHAIN_TYPES = ["human", "ai", "system", "tool"]  # in "type", in place of a role
+LANGCHAIN_TYPES = ["human", "ai", "system", "tool"]  # in "type" instead of "role"
 THOUGHT_KEYS = ["reasoning_content", "thinking", "reasoning", "thought"]
 LOSS_KEYS = ["weight", "train", "loss", "trainable", "training", "loss_weight"]
 TEXT_PART_TYPES = ["text", "input_text", "output_text", "refusal"]
@@ -722,10 +737,10 @@ def read_assistant_message(message: dict, is_call_turn: bool, notices: Counter) 
         if not tool_calls:
             tool_calls = more
         elif render_calls(tool_calls) != render_calls(more):
-            raise ValueError(f'a turn with other calls in "{key}" than elsewhere')
+            raise ValueError(f'a turn with different calls in "{key}" than elsewhere')
     if contains_calls(text) and tool_calls:
         if not has_same_calls(text, tool_calls):
-            raise ValueError("a turn whose text contains other calls than its tool_calls")
+            raise ValueError("a turn whose text and tool_calls contain different calls")
         tool_calls = []
     return {"content": text, "tool_calls": tool_calls}
 
@@ -904,7 +919,7 @@ class Conversation(NamedTuple):
 def normalize_row(row: Any, notices: Counter) -> Conversation:
     """Read a row of any layout. Raises ValueError if it cannot be converted."""
     if not isinstance(row, dict):
-        raise ValueError("a row that is not an object")
+        raise ValueError('a row that is not an object such as {"messages": [...]}')
     row = {key: value for key, value in row.items() if value is not None}
     row_id = take(row, "id")
     messages = [normalize_message(message, notices) for message in read_messages(row)]
@@ -996,8 +1011,8 @@ def render_turns(messages: list[dict], notices: Counter) -> list[dict]:
             continue
         if role not in FOLLOWERS[previous]:
             expected = " or ".join(FOLLOWERS[previous])
-            place = "" if previous else " in the first turn"
-            raise ValueError(f"expected a turn with role {expected}, found role {role}{place}")
+            where = "" if previous else " in the first turn"
+            raise ValueError(f"expected a turn with role {expected}, found role {role}{where}")
         if role == "assistant":
             calls = [call for message in group for call in message["tool_calls"]]
             turn = render_assistant(group)
@@ -1057,7 +1072,7 @@ def convert_row(
 
 # ---- Checks on finished records
 
-# What gives away calls in formats that are not supported.
+# Text that indicates a call in an unsupported format.
 FOREIGN_MARKERS = [
     "<functioncall>",
     "<function_call",
@@ -1141,13 +1156,16 @@ def inspect_record(record: dict, notices: Counter) -> None:
 # ---- From rows to splits
 
 
+MAX_REASONS = 10  # that are printed of each kind
+
+
 class Report:
     """What was found in the rows of one dataset: how often, in how many rows, and where first."""
 
     def __init__(self, source: Source) -> None:
         self.source = source
         self.num_kept = 0
-        self.found: dict[str, dict[str, dict[str, int]]] = {
+        self.found: dict[str, dict[str, dict]] = {
             "dropped": {},  # rows
             "unread": {},  # content of rows that are kept
             "noticed": {},  # content that is used but looks wrong
@@ -1167,11 +1185,16 @@ class Report:
         num_rows = len(self.source.rows)
         print(f"Rows        {num_rows:,} loaded from {self.source.name}, {self.num_kept:,} kept")
         for kind, reasons in self.found.items():
-            for reason, entry in reasons.items():
+            for reason, entry in itertools.islice(reasons.items(), MAX_REASONS):
                 where = f"first in row {entry['first_row']:,}"
                 if entry["count"] != entry["rows"]:
                     where = f"in {entry['rows']:,} row{'s' * (entry['rows'] > 1)}, {where}"
+                if unread := entry.get("unread_in_first_row"):
+                    where += f", where {', '.join(unread)} is unread"
                 print(f"  {kind:<9} {entry['count']:,}: {reason} ({where})")
+            if len(reasons) > MAX_REASONS:
+                num_others = len(reasons) - MAX_REASONS
+                print(f"  {kind:<9} {num_others:,} other kinds, all in dataset_info.json")
 
 
 def convert_rows(rows: list, before_request: str, report: Report) -> list[Converted | None]:
@@ -1187,10 +1210,10 @@ def convert_rows(rows: list, before_request: str, report: Report) -> list[Conver
             reason = str(error)
             if isinstance(error, UnicodeEncodeError):
                 reason = "text that is not valid Unicode (half of a surrogate pair)"
-            unread = [name for kind, name in notices if kind == "unread"]
-            if unread:  # often the cause, such as a misspelled key
-                reason += f" (unread: {', '.join(unread)})"
             report.add("dropped", reason, number)
+            unread = [content for kind, content in notices if kind == "unread"]
+            if unread:  # often the cause, such as a misspelled key
+                report.found["dropped"][reason].setdefault("unread_in_first_row", unread)
             converted.append(None)
             continue
         for (kind, reason), count in notices.items():
@@ -1252,7 +1275,10 @@ def check_any_kept(report: Report) -> None:
     if num_rows == 0:
         fail(f"{report.source.name} contains no rows.")
     if report.num_kept == 0:
-        reasons = "; ".join(report.found["dropped"])
+        reasons = list(report.found["dropped"])
+        if len(reasons) > MAX_REASONS:
+            reasons[MAX_REASONS:] = [f"{len(reasons) - MAX_REASONS} other reasons"]
+        reasons = "; ".join(reasons)
         fail(
             f"none of the {num_rows} rows of {report.source.name} can be used: {reasons}. "
             f"Supported layouts: {LAYOUT_NAMES}."
@@ -1301,7 +1327,8 @@ def print_summary(info: dict, reports: list[Report], output_dir: Path) -> None:
         split = info[name]
         print(
             f"{name.title():<11} {split['conversations']:,} conversations, "
-            f"{split['tool_call_turns']:,} turns with calls, {split['helpful_turns']:,} others"
+            f"{split['tool_call_turns']:,} turns with calls, "
+            f"{split['helpful_turns']:,} other model turns"
         )
     if num_repeated := info["test"]["also_in_train"]:
         print(
@@ -1331,7 +1358,13 @@ def is_published_split(args: argparse.Namespace) -> bool:
     """Return whether the splits are those of the published figures, row for row."""
     published = (DEFAULT_DATASET, DEFAULT_CONFIG, "train", DEFAULT_TEST_SIZE, DEFAULT_SEED)
     given = (args.dataset, args.config, args.split, args.test_size, args.seed)
-    return given == published and not args.test_dataset and not args.drop_duplicates
+    changes = (
+        args.revision,
+        args.test_dataset,
+        args.drop_duplicates,
+        args.no_think_instruction,
+    )
+    return given == published and not any(changes)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -1363,8 +1396,14 @@ def main(argv: list[str] | None = None) -> None:
                 "--test-size."
             )
     info = {
-        "source": {name: getattr(args, name) for name in ("dataset", "config", "split", "revision")}
-        | {"resolved_revision": reports[0].source.revision},
+        "source": {
+            "dataset": args.dataset,
+            "config": args.config,
+            "split": args.split,
+            "revision": args.revision,
+            "resolved_revision": reports[0].source.revision,
+        },
+        "is_hub_dataset": not is_data_file(args.dataset) and not Path(args.dataset).is_dir(),
         "is_published_split": is_published_split(args),
         "seed": args.seed,
         "prompt": {

@@ -365,7 +365,7 @@ def test_mistakes_end_in_one_line(tiny_model, splits, finished, tmp_path):
     (tmp_path / "rows.json").write_text(json.dumps([good], indent=1))
     (tmp_path / "rows.jsonl").write_text('{"conversations": [], "tools": []}\n')
     (tmp_path / "no model").mkdir()
-    not_a_split = "is not a line of a split"
+    not_a_split = "does not have the format of a split"
     for model, flags, words in [
         (tiny_model, [], ["not found", f"function_calling_train.py --model {tiny_model}"]),
         (tiny_model, ["--test-file", "x"], ["x not found", "prepare_function_calling_dataset.py"]),
@@ -406,7 +406,7 @@ SERVER = ["--server", "http://127.0.0.1:9/v1", "--server-model", "m"]
         (["--baseline", "--adapter", "x"], "--adapter: not allowed with argument --baseline"),
         (["--model", ".", "--revision", "x"], "--revision has no effect"),
         (["--resume", "--overwrite"], "not allowed with"),
-        (["--limit", "0"], "--limit: must be greater than 0"),
+        (["--limit", "0"], "--limit: must be a whole number greater than 0"),
         (["--name", "a/b"], "--name"),
         (["--name", "baseline"], "reserved"),
     ],

@@ -263,7 +263,7 @@ def test_a_call_in_the_text_and_in_the_fields_is_written_once():
         calls(tool_call("Kiel"), **text),
         calls(tool_call(), function_call={"name": "f"}),
     ):
-        with pytest.raises(ValueError, match="other calls"):
+        with pytest.raises(ValueError, match="different calls"):
             convert(row_of(ASK, other))
 
 

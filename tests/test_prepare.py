@@ -211,11 +211,26 @@ def test_the_reason_of_a_dropped_row_names_its_unread_keys(tmp_path):
     bad = {"messages": [{"role": "user", "content": "Hi"}, misspelled]}
     rows = write_rows(tmp_path / "rows.jsonl", [*[turns(HI, HELLO)] * 5, bad])
     _, info = run(rows, tmp_path / "out")
-    reason = (
-        "an empty turn with role assistant "
-        '(unread: key "tool_call" of a message with role assistant)'
-    )
-    assert info["dropped"] == {reason: {"count": 1, "rows": 1, "first_row": 6}}
+    entry = info["dropped"]["an empty turn with role assistant"]
+    assert (entry["count"], entry["first_row"]) == (1, 6)
+    assert entry["unread_in_first_row"] == ['key "tool_call" of a message with role assistant']
+
+
+def test_many_reasons_are_cut_short_and_all_of_them_are_in_the_file(tmp_path, capsys):
+    rows = [turns(HI, HELLO)] * 5 + [{f"column_{number}": 1} for number in range(40)]
+    _, info = run(write_rows(tmp_path / "rows.jsonl", rows), tmp_path / "out")
+    printed = capsys.readouterr().out
+    assert len(info["dropped"]) == 40 and printed.count("  dropped   1: ") == 10
+    assert "  dropped   30 other kinds, all in dataset_info.json" in printed
+    with pytest.raises(SystemExit, match="; 30 other reasons. Supported layouts"):
+        run(write_rows(tmp_path / "none.jsonl", rows[5:]), tmp_path / "none")
+
+
+@pytest.mark.parametrize(
+    "flags", [[], ["--no-think-instruction"], ["--revision", "v1"], ["--drop-duplicates"]]
+)
+def test_only_the_unchanged_dataset_and_prompt_count_as_published(flags):
+    assert prepare.is_published_split(prepare.parse_args(flags)) == (not flags)
 
 
 UNREADABLE = [
