@@ -1,10 +1,11 @@
-"""The sample: that its builder makes it, and that a model learns from it."""
+"""Tests of the sample: the builder reproduces the dataset, and a model learns from it."""
 
 import json
 import re
 import shutil
 import subprocess
 import sys
+from itertools import islice
 
 import pytest
 from conftest import ROOT
@@ -18,31 +19,50 @@ sys.path.insert(0, str(SAMPLE))
 import build_sample  # noqa: E402
 
 
-def test_the_builder_makes_the_dataset_that_is_shipped(tmp_path):
-    build_sample.build_dataset(tmp_path / "built.json", 1)
-    assert (tmp_path / "built.json").read_bytes() == DATASET.read_bytes()
+def test_the_builder_reproduces_the_dataset_in_the_repository(tmp_path):
+    built = tmp_path / "built.json"
+    build_sample.build_dataset(built, seed=1)
+    assert built.read_bytes() == DATASET.read_bytes()
 
 
-def test_some_tools_are_called_in_the_test_split_and_never_stand_in_a_training_row(tmp_path):
+def test_some_tools_appear_only_in_the_test_split(tmp_path):
     prepare.main(["--dataset", str(DATASET), "--output-dir", str(tmp_path)])
-    training, test = ((tmp_path / name).read_text() for name in prepare.SPLIT_FILES.values())
-    assert not [name for name in build_sample.TEST_ONLY if name in training]
-    rows = map(json.loads, test.splitlines())
-    said = [turn["content"] for row in rows for turn in row["messages"][1::2]]
-    calls = re.findall(r'<tool_call>\n{"name": "(\w+)"', "\n".join(said))
-    unseen = [name for name in calls if name in build_sample.TEST_ONLY]
-    assert len(unseen) > 50 and len(calls) - len(unseen) > 50
+    train_text = (tmp_path / prepare.SPLIT_FILES["train"]).read_text(encoding="utf-8")
+    test_text = (tmp_path / prepare.SPLIT_FILES["test"]).read_text(encoding="utf-8")
+    assert not [name for name in build_sample.TEST_ONLY if name in train_text]
+    answers = []
+    for line in test_text.splitlines():
+        messages = json.loads(line)["messages"]
+        answers += [turn["content"] for turn in messages if turn["role"] == "assistant"]
+    calls = re.findall(r'<tool_call>\n{"name": "(\w+)"', "\n".join(answers))
+    num_test_only = sum(name in build_sample.TEST_ONLY for name in calls)
+    assert num_test_only > 50
+    assert len(calls) - num_test_only > 50
+
+
+def test_the_general_text_contains_no_tag_of_the_dataset_and_no_tool_of_the_test_split_only():
+    """The sample's model must not know before fine-tuning what the fine-tuned model is scored on.
+
+    Of these conversations, one would contain get_sunrise if build_sample did not leave it out.
+    """
+    tags = ["<tools>", "<tool_call>", "<tool_response>", "<think>"]
+    for stage in build_sample.STAGES:
+        for conversation in islice(build_sample.general_text("1-0", stage.texts), 600):
+            text = "\n".join(turn for exchange in conversation for turn in exchange)
+            assert not [tag for tag in tags if tag in text]
+            assert not build_sample.TEST_ONLY & set(re.findall(r"\w+", text))
 
 
 @pytest.mark.slow
 def test_the_sample_run_lifts_the_scores_on_a_slice_of_the_sample(tmp_path):
-    """sample/run.sh as a newcomer runs it, in a copy of the project, with fewer rows and steps."""
+    """Run sample/run.sh in a copy of the project, with fewer rows and fewer training steps."""
     for path in (*ROOT.glob("*.py"), ROOT / "requirements.txt"):
         shutil.copy(path, tmp_path)
     shutil.copytree(SAMPLE, tmp_path / "sample", ignore=shutil.ignore_patterns("run"))
     rows = json.loads(DATASET.read_text(encoding="utf-8"))[:160]
     (tmp_path / "sample" / DATASET.name).write_text(json.dumps(rows))
-    python = tmp_path / ".venv/bin/python"  # this one, where everything is installed already
+    # The script finds an environment in which everything is already installed.
+    python = tmp_path / ".venv/bin/python"
     python.parent.mkdir(parents=True)
     python.write_text(f'#!/bin/sh\n[ "$2" = pip ] && exit 0\nexec "{sys.executable}" "$@"\n')
     python.chmod(0o755)
@@ -53,9 +73,11 @@ def test_the_sample_run_lifts_the_scores_on_a_slice_of_the_sample(tmp_path):
     scores = {}
     for run in ("baseline", "fine-tuned"):
         scores[run] = json.loads((results / run / "metrics.json").read_text())["scores"]
-    baseline, fine_tuned = scores["baseline"], scores["fine-tuned"]
+    baseline = scores["baseline"]
+    fine_tuned = scores["fine-tuned"]
     assert baseline["function_calling"]["value"] <= 0.35
     assert fine_tuned["function_calling"]["value"] >= baseline["function_calling"]["value"] + 0.3
     assert fine_tuned["helpful_exchange"]["value"] > baseline["helpful_exchange"]["value"]
-    pictures = re.findall(r"sample/run/\S+\.png", process.stdout)
-    assert len(pictures) == 2 and all((tmp_path / picture).is_file() for picture in pictures)
+    plots = re.findall(r"sample/run/\S+\.png", process.stdout)
+    assert len(plots) == 2
+    assert all((tmp_path / plot).is_file() for plot in plots)
