@@ -400,7 +400,7 @@ def report_resume(args: argparse.Namespace) -> None:
     command = training_command(folder, "killed", *flags)
     kill_after_checkpoint(command, folder / "killed-checkpoints")
     output = run_command([*command, "--resume"])
-    start = re.search(r"continues from \S*(checkpoint-\d+)", output)
+    start = re.search(r"continuing from \S*(checkpoint-\d+)", output)
     weights = read_weights(folder / "killed")
     expected = read_weights(folder / "uninterrupted")
     largest = max((weights[name] - expected[name]).abs().max().item() for name in expected)
