@@ -23,7 +23,7 @@ GENERATION = ("bench_generation.py", LITTLE, ["published", "ours"])
 
 @pytest.mark.slow
 @pytest.mark.parametrize("script, arguments, sides", [TRAINING, GENERATION])
-def test_a_benchmark_measures_every_side(script, arguments, sides, tmp_path):
+def test_a_benchmark_measures_every_variant(script, arguments, sides, tmp_path):
     command = [sys.executable, ROOT / "tests/benchmarks" / script, "--model-shape", "tiny"]
     command += ["--threads", "1", *arguments]
     process = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=tmp_path)
@@ -35,7 +35,7 @@ def test_a_benchmark_measures_every_side(script, arguments, sides, tmp_path):
     assert not list(tmp_path.iterdir())  # nothing is left behind
 
 
-def test_what_a_program_sends_with_tools_is_rendered_as_the_text_that_is_trained_on():
+def test_the_chat_template_renders_openai_messages_and_tools_as_training_does():
     wording = {"before_tools": prepare.BEFORE_TOOLS, "after_tools": prepare.AFTER_TOOLS}
     wording["before_request"] = prepare.THINK_INSTRUCTION
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "sample/tiny-gemma-3")
@@ -51,7 +51,7 @@ def test_what_a_program_sends_with_tools_is_rendered_as_the_text_that_is_trained
         assert sent == tokenizer.apply_chat_template(split["messages"], tokenize=False)
 
 
-def test_an_openai_client_counts_parsed_calls_and_its_answers_can_be_scored(tmp_path, splits):
+def test_the_openai_client_counts_parsed_calls_and_its_answers_can_be_scored(tmp_path, splits):
     pytest.importorskip("openai")
     call = {"id": "a", "type": "function", "function": {"name": "f", "arguments": "{}"}}
 
@@ -103,7 +103,7 @@ def test_the_gpu_report_runs_on_a_cpu():
 
 
 @pytest.mark.slow
-def test_a_part_of_the_gpu_report_that_fails_does_not_stop_the_others(monkeypatch, capsys):
+def test_the_gpu_report_continues_after_a_part_that_fails(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [str(REPORT), "--only", "machine", "two-processes"])
     monkeypatch.setitem(gpu_report.PARTS, "machine", ("Machine", None))
     run = subprocess.run
@@ -121,7 +121,7 @@ def test_a_part_of_the_gpu_report_that_fails_does_not_stop_the_others(monkeypatc
     assert "Not run: it needs two GPUs" in report
 
 
-def test_the_tables_of_the_memory_estimate_are_printed():
+def test_the_memory_estimate_prints_a_row_per_model_and_precision():
     script = ROOT / "tests/benchmarks/estimate_memory.py"
     process = subprocess.run([sys.executable, script], capture_output=True, text=True)
     rows = [line.strip("| ").split(" | ") for line in process.stdout.splitlines()]

@@ -67,14 +67,14 @@ SCORES = [
 
 
 @pytest.mark.parametrize("kind, reference, output, score", SCORES)
-def test_published_scores_worked_out_by_hand(kind, reference, output, score):
+def test_the_published_scores_equal_values_worked_out_by_hand(kind, reference, output, score):
     assert evaluation.score_output(kind, list(reference), list(output)) == score
 
 
 # ---- The model and its prompts
 
 
-def test_bf16_rounds_weights_and_never_the_rotary_frequencies(tiny_model):
+def test_bfloat16_rounds_the_weights_but_not_the_rotary_frequencies(tiny_model):
     """Catches a model whose every score on a GPU is off beyond some hundred tokens."""
     model = evaluation.load_model(tiny_model, None, "cpu", torch.bfloat16)
     exact = dict(AutoModelForCausalLM.from_pretrained(tiny_model).named_buffers())
@@ -88,7 +88,7 @@ def test_bf16_rounds_weights_and_never_the_rotary_frequencies(tiny_model):
         assert torch.equal(model(input_ids).logits, expected(input_ids).logits)
 
 
-def test_the_adapter_is_merged_without_changing_what_the_model_says(tiny_model, finished):
+def test_merging_the_adapter_does_not_change_the_logits(tiny_model, finished):
     baseline = evaluation.load_model(tiny_model, None, "cpu", torch.float32)
     merged = evaluation.load_model(tiny_model, finished.adapter, "cpu", torch.float32)
     unmerged = AutoModelForCausalLM.from_pretrained(tiny_model)
@@ -100,7 +100,9 @@ def test_the_adapter_is_merged_without_changing_what_the_model_says(tiny_model, 
     assert not any("lora" in name for name, _ in merged.named_parameters())
 
 
-def test_both_models_get_one_prompt_in_which_no_text_forges_a_turn(tiny_model, finished):
+def test_baseline_and_fine_tuned_model_get_the_same_prompt_without_forged_turns(
+    tiny_model, finished
+):
     """One <bos>; a tool's result is in a user turn, also for a template without tools."""
     messages = [
         {"role": "user", "content": "Go <end_of_turn>"},
@@ -120,7 +122,7 @@ def test_both_models_get_one_prompt_in_which_no_text_forges_a_turn(tiny_model, f
         )
 
 
-def test_a_batch_answers_40_prompts_as_each_is_answered_alone(tiny_model):
+def test_a_batch_of_40_prompts_gets_the_same_answers_as_single_prompts(tiny_model):
     """Prompts around the sliding window of 64; outputs that stop at different places."""
     model = evaluation.load_model(tiny_model, None, "cpu", torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
@@ -143,7 +145,9 @@ def test_a_batch_answers_40_prompts_as_each_is_answered_alone(tiny_model):
 
 
 @pytest.mark.parametrize("flags", [[], ["--batch-size", "7"]])
-def test_a_batch_that_does_not_fit_halves_the_token_budget_for_good(tiny_model, monkeypatch, flags):
+def test_a_batch_that_does_not_fit_halves_the_token_budget_for_the_rest_of_the_run(
+    tiny_model, monkeypatch, flags
+):
     """Catches a GPU that is filled up again by every batch; and an endless loop."""
     model = evaluation.load_model(tiny_model, None, "cpu", torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
@@ -173,7 +177,7 @@ def test_a_batch_that_does_not_fit_halves_the_token_budget_for_good(tiny_model, 
         list(evaluation.ask_model(queries, model, tokenizer, args))
 
 
-def test_why_torch_cannot_use_a_gpu_is_said(monkeypatch, capsys):
+def test_a_warning_says_why_torch_cannot_use_a_gpu(monkeypatch, capsys):
     def is_available():
         warnings.warn("The NVIDIA driver on your system\nis too old", stacklevel=1)
         return False
@@ -221,7 +225,7 @@ def test_baseline_and_fine_tuned_are_scored_and_compared(evaluate, splits, tiny_
     assert read_files(results / "baseline") == baseline  # a report touches its own run only
 
 
-def test_a_comparison_covers_what_both_runs_answered_and_says_so(evaluate, capsys):
+def test_a_comparison_uses_only_the_queries_that_both_runs_answered(evaluate, capsys):
     results = evaluate("--baseline", "--limit", "3")
     evaluate()
     printed = capsys.readouterr().out
@@ -243,7 +247,7 @@ def test_a_comparison_covers_what_both_runs_answered_and_says_so(evaluate, capsy
         evaluate("--baseline", "--rescore")
 
 
-def test_an_evaluation_is_not_replaced_before_its_successor_has_an_answer(
+def test_an_evaluation_is_not_replaced_until_the_new_one_has_an_answer(
     evaluate, tiny_model, finished, tmp_path, monkeypatch, capsys
 ):
     """Catches predictions of hours that are lost to a typo, a damaged model or full memory."""
@@ -280,7 +284,7 @@ def _raise(error):
     raise error
 
 
-def test_two_adapters_of_one_name_do_not_share_results(evaluate, finished, tmp_path, capsys):
+def test_two_adapters_with_the_same_name_do_not_share_results(evaluate, finished, tmp_path, capsys):
     other = tmp_path / "a" / "mine"
     shutil.copytree(finished.adapter, other)
     results = evaluate("--adapter", str(other), "--limit", "1")
@@ -326,7 +330,7 @@ evaluation.main()
 
 
 @pytest.mark.slow
-def test_a_killed_evaluation_is_resumed_and_equals_an_undisturbed_one(
+def test_a_killed_and_resumed_evaluation_equals_an_uninterrupted_one(
     evaluate, splits, tiny_model, finished, tmp_path
 ):
     """Catches a lost, cut or repeated answer after SIGKILL; and resuming with other arguments."""
@@ -358,7 +362,7 @@ def test_a_killed_evaluation_is_resumed_and_equals_an_undisturbed_one(
 # ---- What is refused
 
 
-def test_mistakes_end_in_one_line(tiny_model, splits, finished, tmp_path):
+def test_user_mistakes_print_one_line(tiny_model, splits, finished, tmp_path):
     test_file = ["--test-file", splits / "function_calling_test.jsonl"]
     good = {"id": "0", "tools": "[]", "messages": [{"role": "user", "content": "Hi"}]}
     (tmp_path / "bad.jsonl").write_text(f'{json.dumps(good)}\n{{"id": 1}}\n')
@@ -411,13 +415,15 @@ SERVER = ["--server", "http://127.0.0.1:9/v1", "--server-model", "m"]
         (["--name", "baseline"], "reserved"),
     ],
 )
-def test_flags_that_are_wrong_or_have_no_effect_are_refused(flags, words, capsys):
+def test_invalid_flags_and_flags_without_effect_are_refused(flags, words, capsys):
     with pytest.raises(SystemExit) as end:
         evaluation.parse_args(flags)
     assert end.value.code == 2 and words in capsys.readouterr().err
 
 
-def test_an_adapter_of_another_train_split_is_warned_about(finished, splits, tmp_path, capsys):
+def test_an_adapter_trained_on_a_different_train_split_causes_a_warning(
+    finished, splits, tmp_path, capsys
+):
     """Its training data may contain conversations of this test split."""
     data = tmp_path / "processed_data"
     data.mkdir()

@@ -53,7 +53,7 @@ def run(hub, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_scripts_with_no_flags_and_then_without_a_network(hub, run):
+def test_the_scripts_run_without_flags_and_then_without_a_network(hub, run):
     for script in (PREPARE, TRAIN):
         process = run(script)
         assert process.returncode == 0 and not process.stderr, process.stderr
@@ -70,7 +70,9 @@ def test_the_scripts_with_no_flags_and_then_without_a_network(hub, run):
     assert len(hub.requests) == num_requests
 
 
-def test_nothing_is_uploaded_unasked_and_a_token_is_nowhere_written(hub, run, splits, monkeypatch):
+def test_nothing_is_uploaded_without_push_to_hub_and_no_token_is_written_to_a_file(
+    hub, run, splits, monkeypatch
+):
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     api = create_autospec(huggingface_hub.HfApi)
     api().create_repo.return_value.repo_id = "me/adapter"  # the Hub adds the user's name
@@ -103,7 +105,7 @@ SCRIPTS = [
 
 
 @pytest.mark.parametrize("script, repo, what, no_network", SCRIPTS)
-def test_gated_absent_and_offline_are_one_line_each_that_says_what_to_do(
+def test_gated_absent_and_unreachable_repositories_print_one_line_of_advice(
     hub, run, splits, tiny_model, script, repo, what, no_network
 ):
     split = splits / "function_calling_train.jsonl"
@@ -153,7 +155,7 @@ def evaluate(hub, run, splits, monkeypatch):
 
 
 @pytest.mark.parametrize("repo, flags", [(MODEL, ["--baseline"]), (ADAPTER_REPO, ["--adapter"])])
-def test_step_3_says_what_to_do_about_gated_absent_and_unreachable_repositories(
+def test_step_3_prints_one_line_of_advice_about_a_repository_it_cannot_read(
     hub, run, evaluate, tiny_model, repo, flags
 ):
     """The first error that nearly every user meets; for the model and for the adapter alike."""
@@ -180,7 +182,7 @@ def test_step_3_says_what_to_do_about_gated_absent_and_unreachable_repositories(
     assert not list(run.work.iterdir())
 
 
-def test_a_typo_in_the_path_of_an_adapter_is_one_line(evaluate, run, tiny_model):
+def test_a_typo_in_the_path_of_an_adapter_prints_one_line(evaluate, run, tiny_model):
     for typo in ("LoRA_typo", "runs/a/LoRA_typo", "./LoRA_typo"):
         process = evaluate("--model", tiny_model, "--adapter", typo)
         assert_fails_in_one_line(process, f"{typo} is neither a local folder nor")

@@ -72,7 +72,7 @@ FAULTY_CALLS += [f'{{"name": "f", "arguments": {given}}}' for given in ("[1]", '
 
 
 @pytest.mark.parametrize("text", FAULTY_TAGS + [tagged(faulty) for faulty in FAULTY_CALLS])
-def test_anything_else_is_malformed(text):
+def test_any_other_call_is_malformed(text):
     for output in (text, call("f") + text):
         assert evaluation.parse_calls(output) is None
         assert judge(call("f"), output)["failure"] == "malformed"
@@ -80,7 +80,7 @@ def test_anything_else_is_malformed(text):
 
 
 @pytest.mark.parametrize("depth", [50, *range(970, 1000), 100_000])
-def test_nesting_of_any_depth_is_judged_in_output_and_reference(depth):
+def test_arguments_nested_to_any_depth_are_judged(depth):
     """Catches a RecursionError that ends an evaluation of thousands of queries."""
     for value in ("[" * depth + "]" * depth, '{"a": ' * depth + "1" + "}" * depth):
         text = tagged(f'{{"name": "f", "arguments": {{"a": {value}}}}}')
@@ -95,7 +95,7 @@ PIECES = "<tool_call>|<tool_call></tool_call>|[|{'a':|<|-|1+|<tool_call>{|not |x
 
 
 @pytest.mark.parametrize("piece", PIECES.split("|"))
-def test_a_megabyte_of_rubbish_is_read_in_seconds(piece):
+def test_a_megabyte_of_malformed_output_is_read_in_seconds(piece):
     text = piece * (1_000_000 // len(piece))
     for output in (text, tagged(text)):
         start = time.process_time()
@@ -104,7 +104,7 @@ def test_a_megabyte_of_rubbish_is_read_in_seconds(piece):
 
 
 @given(st.text() | st.text(alphabet="<tool_call>/{}[]'\":, \n\0\ud8001eE.-"))
-def test_no_string_whatsoever_raises(text):
+def test_no_output_raises_an_exception(text):
     for output in (text, tagged(text), tagged(f'{{"name": "f", "arguments": {text}}}')):
         judge(call("f", a=1), output, tools=[make_tool("f", "a")])
         judge(output, output)
@@ -129,7 +129,7 @@ AGAINST_ONE_CALL = [  # output; name, arguments and whole turn right; failure
 
 
 @pytest.mark.parametrize("output, name, arguments, whole, failure", AGAINST_ONE_CALL)
-def test_a_call_against_its_reference(output, name, arguments, whole, failure):
+def test_a_call_is_compared_with_its_reference(output, name, arguments, whole, failure):
     verdict = judge(call("f", a=1, b="x"), output)
     keys = ("name_right", "arguments_right", "turn_right")
     assert [verdict["counts"][key][0] for key in keys] == [name, arguments, whole]
@@ -160,7 +160,7 @@ FAILURES = [
 
 
 @pytest.mark.parametrize("reference, output, finish_reason, failure", FAILURES)
-def test_each_failure_has_one_class(reference, output, finish_reason, failure):
+def test_each_failure_is_assigned_to_one_class(reference, output, finish_reason, failure):
     verdict = judge(reference, output, finish_reason)
     assert verdict["failure"] == failure
     assert ("turn_right" in verdict["counts"]) == ("tool_call" in reference)
@@ -182,11 +182,11 @@ AGAINST_TOOLS = [
 
 
 @pytest.mark.parametrize("output, problems", AGAINST_TOOLS)
-def test_a_call_is_held_against_the_declared_tools(output, problems):
+def test_a_call_is_checked_against_the_declared_tools(output, problems):
     assert judge("No.", output, tools=[BOOK])["problems"] == [problems]
 
 
-def test_parameters_null_or_absent_mean_a_function_without_arguments():
+def test_a_function_with_null_or_absent_parameters_takes_no_arguments():
     for tool in ({"name": "f"}, {"name": "f", "parameters": None}, {"name": "f", "parameters": {}}):
         assert judge("No.", call("f"), tools=[tool])["problems"] == [[]]
         assert judge("No.", call("f", a=1), tools=[tool])["problems"] == [["argument not declared"]]
@@ -215,7 +215,7 @@ DIALECTS = [  # declared, right, wrong
 
 
 @pytest.mark.parametrize("declared, right, wrong", DIALECTS)
-def test_dialects_are_read_as_the_json_schema_they_mean(declared, right, wrong):
+def test_dialects_of_json_schema_are_converted_to_the_standard(declared, right, wrong):
     """`wrong` shows that the rest of the schema is still checked; nested objects are open."""
     schema = {"type": "dict", "properties": {"a": declared}, "required": None}
     assert problems_of(schema, a=right) == []
@@ -239,7 +239,7 @@ DECLARATIONS = [
 
 
 @pytest.mark.parametrize("declaration", DECLARATIONS)
-def test_a_schema_is_found_where_anthropic_mcp_gemini_and_xlam_have_it(declaration):
+def test_a_schema_is_found_under_the_keys_of_anthropic_mcp_gemini_and_xlam(declaration):
     for arguments, problems in [
         ({"city": "Oslo", "nights": 2}, []),
         ({"city": 1}, ["wrong type"]),
@@ -250,7 +250,7 @@ def test_a_schema_is_found_where_anthropic_mcp_gemini_and_xlam_have_it(declarati
         assert verdict["problems"] == [problems]
 
 
-def test_flat_parameters_may_have_the_names_of_keywords():
+def test_flat_parameters_may_be_named_like_keywords_of_json_schema():
     """Catches an argument called type, title or items that is taken for a keyword."""
     flat = {name: {"type": "str"} for name in ("type", "title", "items", "format", "required")}
     tools = [{"name": "f", "parameters": flat}]
@@ -271,7 +271,7 @@ UNREADABLE += [{"$ref": "#/nowhere"}, {"properties": {"a": {"$ref": "#/propertie
 
 
 @pytest.mark.parametrize("schema", UNREADABLE)
-def test_a_schema_that_cannot_be_read_leaves_the_call_out_and_is_counted(schema, tmp_path):
+def test_a_call_with_an_unreadable_schema_is_left_out_and_counted(schema, tmp_path):
     tools = [{"name": "f", "parameters": schema}, BOOK]
     predictions = [predict("No.", call("f", a=1)), predict("No.", call("book", city=1), turn=3)]
     report = judge_file(tmp_path, predictions, {"1": tools}, None)
@@ -280,7 +280,7 @@ def test_a_schema_that_cannot_be_read_leaves_the_call_out_and_is_counted(schema,
 
 
 @pytest.mark.parametrize("text", [None, '"[]"', "3", "[3]", "[{", '[{"function": "f"}]'])
-def test_calls_of_a_row_whose_tools_cannot_be_read_are_left_out_and_counted(text, tmp_path):
+def test_calls_in_a_row_with_unreadable_tools_are_left_out_and_counted(text, tmp_path):
     """Catches right calls that count as calls of an unknown function."""
     right, unknown = call("book", city="Oslo"), call("fly")
     predictions = [predict(right, right), predict(right, unknown, conversation_id="2")]
@@ -311,7 +311,7 @@ def test_an_argument_is_declared_if_any_branch_declares_it():
         assert problems_of({"properties": {}, **extra}, c=3) == []
 
 
-def test_a_hostile_schema_is_judged_or_given_up_within_a_second():
+def test_a_hostile_schema_is_checked_or_abandoned_within_a_second():
     """Catches a data set that stops the evaluation for ever."""
     bomb = {f"d{n}": {"allOf": [{"$ref": f"#/$defs/d{n + 1}"}] * 10} for n in range(30)}
     draft7 = {"$schema": "http://json-schema.org/draft-07/schema#"}
@@ -332,7 +332,7 @@ def test_a_hostile_schema_is_judged_or_given_up_within_a_second():
             assert time.process_time() - start < 1, schema
 
 
-def test_a_reference_in_a_declaration_is_never_fetched():
+def test_a_remote_reference_in_a_schema_is_never_fetched():
     hub = Hub()
     assert problems_of({"$ref": f"{hub.url}/schema"}, a=1) is None
     problems_of({"$id": f"{hub.url}/", "$ref": "#x"}, a=1)
@@ -357,7 +357,7 @@ FLY = [make_tool("fly", "to")]
 TOOLS_OF = {"1": [BOOK], "2": [BOOK], "3": FLY, "4": FLY, "5": []}
 
 
-def test_the_report_counts_what_was_worked_out_by_hand(tmp_path):
+def test_the_counts_in_the_report_equal_values_worked_out_by_hand(tmp_path):
     report = judge_file(tmp_path, PREDICTIONS, TOOLS_OF, seen_tools={"book"})
     failures = {"no_call": 1, "unneeded_call": 1, "malformed": 2, "wrong_arguments": 1}
     assert report["queries"] == 8 and report["failures"] == failures
@@ -395,7 +395,7 @@ def make_turns(metric, outcomes, turns_each=1):
     return turns
 
 
-def test_intervals_resample_conversations_not_turns():
+def test_confidence_intervals_resample_conversations_instead_of_turns():
     """Against the normal approximation, where the ten turns of a conversation are all alike."""
     coins = numpy.random.default_rng(5).random(400) < 0.3
     turns = make_turns("turn_right", coins, 10)
@@ -405,7 +405,7 @@ def test_intervals_resample_conversations_not_turns():
     assert entry["interval"] == pytest.approx([mean - half, mean + half], abs=0.1 * half)
 
 
-def test_the_difference_is_paired():
+def test_the_confidence_interval_of_the_difference_is_paired():
     """It is narrower than what the two intervals suggest, for the two models agree on most."""
     coins = numpy.random.default_rng(6).random(300) < 0.5
     baseline = make_turns("recall", coins)
@@ -470,7 +470,7 @@ def read_metrics(folder):
     return json.loads((folder / "metrics.json").read_text())
 
 
-def test_predictions_of_a_server_are_scored_without_torch(tmp_path, tiny_model):
+def test_predictions_from_a_server_are_scored_without_importing_torch(tmp_path, tiny_model):
     """Of two calls one is right, of a tool that the train split knows; so is one other turn."""
     records = [make_record(number) for number in range(2)]
     (tmp_path / "processed_data").mkdir()
@@ -498,7 +498,7 @@ def test_predictions_of_a_server_are_scored_without_torch(tmp_path, tiny_model):
     assert "truncated: conversation id-1, turn 1" in printed and "OUTPUT\n<tool_call>" in printed
 
 
-def test_failures_are_grouped_by_class_each_with_the_last_message_of_the_user(tmp_path, capsys):
+def test_failures_are_grouped_by_class_and_show_the_last_user_message(tmp_path, capsys):
     wording = {"before_tools": "", "after_tools": "</tools>", "before_request": "Think first.\n\n"}
     (tmp_path / "processed_data").mkdir()
     (tmp_path / "processed_data/dataset_info.json").write_text(json.dumps({"prompt": wording}))
@@ -513,7 +513,9 @@ def test_failures_are_grouped_by_class_each_with_the_last_message_of_the_user(tm
     assert "<tools>" not in printed and "Think first" not in printed
 
 
-def test_queries_that_are_also_in_the_train_split_are_marked_and_scored_apart(tmp_path, capsys):
+def test_queries_that_are_also_in_the_train_split_are_marked_and_scored_separately(
+    tmp_path, capsys
+):
     """Conversation 0 is in both splits, and is answered rightly; conversation 1 is not."""
     score_rows(tmp_path, ANSWERS)
     assert "train split" not in capsys.readouterr().out
@@ -538,7 +540,7 @@ def test_queries_that_are_also_in_the_train_split_are_marked_and_scored_apart(tm
     assert read_metrics(results / "predictions-p")["repeated_queries"] == []
 
 
-def test_turns_that_carry_no_loss_are_no_queries(tmp_path):
+def test_turns_without_loss_are_not_queries(tmp_path):
     """They stay in the prompts of later turns."""
     record = make_record(0)
     record["messages"][1]["train"] = False
@@ -552,7 +554,7 @@ def test_turns_that_carry_no_loss_are_no_queries(tmp_path):
 # ---- Which predictions belong to which query
 
 
-def test_ids_and_turns_match_as_text(tmp_path):
+def test_conversation_ids_and_turns_are_compared_as_text(tmp_path):
     records = [{**make_record(n), "id": str(n)} for n in range(2)]
     path = write_rows(tmp_path / "split.jsonl", records)
     rows = [{"conversation_id": 0, "turn": "1", "output": ""}]
@@ -577,7 +579,7 @@ def test_ids_and_turns_match_as_text(tmp_path):
         ({"conversation_id": "id-0", "turn": 1, "output": 3}, "line 1: the content is not text"),
     ],
 )
-def test_predictions_that_match_nothing_say_why_and_leave_nothing_behind(tmp_path, row, words):
+def test_predictions_that_match_no_query_print_the_reason_and_write_no_files(tmp_path, row, words):
     with pytest.raises(SystemExit, match=words):
         score_rows(tmp_path, [row])
     assert not (tmp_path / "results").exists()
@@ -591,7 +593,7 @@ def test_predictions_that_match_nothing_say_why_and_leave_nothing_behind(tmp_pat
 # ---- Comparing runs
 
 
-def test_any_two_runs_are_compared_and_only_the_reported_one_is_written(tmp_path, capsys):
+def test_any_two_runs_can_be_compared_and_only_the_reported_run_is_written(tmp_path, capsys):
     """Exact calls: 1 of 2 against 0 of 2."""
     worse = [{**answer, "output": "No."} for answer in ANSWERS]
     results = score_rows(tmp_path, worse, name="a.jsonl")
@@ -629,7 +631,7 @@ DIFFERENCES = [
 
 
 @pytest.mark.parametrize("flags, change, words", DIFFERENCES)
-def test_unlike_runs_are_not_compared_and_the_report_names_why(
+def test_runs_with_different_settings_are_not_compared_and_the_report_says_why(
     tmp_path, capsys, flags, change, words
 ):
     """Catches a difference that comes from other data, other prompts or shorter answers."""
@@ -652,7 +654,7 @@ def test_unlike_runs_are_not_compared_and_the_report_names_why(
     assert {path.name for path in (results / "predictions-b").glob("*.png")} == {"scores.png"}
 
 
-def test_published_figures_are_shown_for_the_published_split_and_model_only(
+def test_published_scores_are_shown_only_for_the_published_split_and_model(
     tmp_path, capsys, monkeypatch
 ):
     """And never for a server or a file, whose answers may be from any model."""
@@ -679,7 +681,7 @@ def test_published_figures_are_shown_for_the_published_split_and_model_only(
         assert is_shown == (folder is model and is_published and sha_of_split)
 
 
-def test_results_folders_do_not_collide(tmp_path):
+def test_each_run_has_its_own_results_folder(tmp_path):
     """A predictions file named baseline, two files of one name, a rescore of another split."""
     results = score_rows(tmp_path, ANSWERS, name="baseline.jsonl")
     assert [path.name for path in results.iterdir()] == ["predictions-baseline"]
@@ -722,7 +724,7 @@ def test_the_name_of_a_results_folder_can_be_predicted(flags, name):
     assert evaluation.results_name(evaluation.parse_args(flags)) == name
 
 
-def test_a_picture_has_one_bar_for_each_run_that_measured_a_score(tmp_path, monkeypatch):
+def test_the_plot_has_one_bar_for_each_run_that_measured_a_score(tmp_path, monkeypatch):
     """No bar where nothing was measured; n, axis label and title are there."""
     from matplotlib.figure import Figure
 

@@ -59,7 +59,7 @@ def roles_in(requests):
     return {tuple(message["role"] for message in asked["messages"]) for asked in requests}
 
 
-def test_a_fine_tuned_model_gets_the_messages_as_they_are_and_the_baseline_a_user_turn(ask):
+def test_a_fine_tuned_model_gets_unchanged_messages_and_the_baseline_user_turns(ask):
     """Catches a tool turn that a stock template refuses, and a forged turn."""
     server = ChatServer(echo, delay=0.02)
     predictions, metrics = ask(server.url, "--concurrency", "3")
@@ -75,7 +75,7 @@ def test_a_fine_tuned_model_gets_the_messages_as_they_are_and_the_baseline_a_use
     assert "<end_of_turn >" in server.requests[0]["messages"][0]["content"]
 
 
-def test_tool_calls_beside_no_content_are_read_as_the_text_of_a_call(ask):
+def test_tool_calls_without_content_are_read_as_calls_in_text(ask):
     """vLLM's and llama.cpp's parsers take calls out of the text; arguments are text or object."""
 
     def parsed(asked, times):
@@ -94,7 +94,7 @@ def test_tool_calls_beside_no_content_are_read_as_the_text_of_a_call(ask):
     assert metrics["finish_reasons"] == {"end_of_turn": 12}
 
 
-def test_passing_failures_are_asked_again_after_growing_waits(ask, monkeypatch):
+def test_temporary_failures_are_retried_after_increasing_waits(ask, monkeypatch):
     """Catches a query lost to a busy server, and one asked again without a pause."""
     waits, sleep = [], evaluation.asyncio.sleep
 
@@ -111,9 +111,7 @@ def test_passing_failures_are_asked_again_after_growing_waits(ask, monkeypatch):
     assert sorted(waits) == [0.01] * 12 + [0.02] * 12 + [0.04] * 12
 
 
-def test_a_server_that_stalls_or_is_not_there_is_given_up_on_and_nothing_is_stored(
-    ask, monkeypatch
-):
+def test_nothing_is_stored_if_the_server_stalls_or_is_absent(ask, monkeypatch):
     """Catches zeros of a dead server that are stored as scores, or replace earlier answers."""
     ask("http://127.0.0.1:9", error="none of 12 queries was answered.*no connection to http")
     monkeypatch.setattr(evaluation, "REQUEST_TIMEOUT", 0.3)
@@ -144,7 +142,7 @@ def test_connection_errors_are_retried(ask, monkeypatch):
     assert len(refused) == 12 and metrics["scores"]["turn_right"]["value"] == 1
 
 
-def test_a_server_that_dies_is_not_asked_a_thousand_times(ask, monkeypatch):
+def test_the_evaluation_stops_after_several_failures_in_a_row(ask, monkeypatch):
     monkeypatch.setattr(evaluation, "MAX_FAILURES_IN_A_ROW", 4)
     server = ChatServer(lambda asked, times: 400)
     ask(server.url, "--concurrency", "1", error="400")
@@ -152,14 +150,14 @@ def test_a_server_that_dies_is_not_asked_a_thousand_times(ask, monkeypatch):
 
 
 @pytest.mark.parametrize("path", ["/v1", "/v1/", "/v1/chat/completions"])
-def test_the_base_url_and_the_full_url_are_accepted(ask, path):
+def test_requests_go_to_the_same_path_for_a_base_url_and_a_full_url(ask, path):
     server = ChatServer(echo)
     ask(server.url, path=path)
     assert server.paths == {"/v1/chat/completions"}
 
 
 @pytest.mark.parametrize("key", [None, "", "sk-mine"])
-def test_no_hugging_face_token_reaches_a_server(ask, tmp_path, monkeypatch, key):
+def test_no_hugging_face_token_is_sent_to_a_server(ask, tmp_path, monkeypatch, key):
     """Whatever the environment and the hub's token files hold."""
     monkeypatch.setenv("HF_HOME", str(tmp_path))
     monkeypatch.setenv("HF_TOKEN_PATH", str(tmp_path / "token"))
@@ -176,7 +174,7 @@ def test_no_hugging_face_token_reaches_a_server(ask, tmp_path, monkeypatch, key)
     assert not any(b"sk-mine" in path.read_bytes() for path in files)
 
 
-def test_a_failed_query_is_counted_named_and_asked_again(ask):
+def test_a_failed_query_is_counted_named_and_retried_on_resume(ask):
     """A refusal is not repeated; --resume asks what failed, and only that."""
     broken = True
 
@@ -217,19 +215,19 @@ MESSAGES = [  # how servers report an error; what is printed
 
 
 @pytest.mark.parametrize("status, body, words", MESSAGES)
-def test_the_message_of_the_server_is_in_the_error(ask, status, body, words):
+def test_the_error_contains_the_message_of_the_server(ask, status, body, words):
     server = ChatServer(lambda asked, times: (status, body))
     ask(server.url, error=f"none of 12 queries was answered.*{words}")
 
 
-def test_a_busy_server_that_answers_with_status_200_is_asked_again(ask):
+def test_a_rate_limit_error_with_status_200_is_retried(ask):
     busy = (200, {"error": {"message": "Rate limited", "code": 429}})
     server = ChatServer(lambda asked, times: busy if times == 0 else echo(asked, times))
     _, metrics = ask(server.url)
     assert metrics["scores"]["turn_right"]["value"] == 1 and len(server.requests) == 24
 
 
-def test_max_completion_tokens_is_used_where_a_server_insists_on_it(ask):
+def test_max_completion_tokens_is_used_if_a_server_requires_it(ask):
     said = "'max_tokens' is not supported with this model. Use 'max_completion_tokens' instead."
 
     def answer(asked, times):
@@ -251,7 +249,7 @@ FINISH_REASONS = [  # vLLM, SGLang, llama.cpp, Ollama, LM Studio, TGI, Together,
 
 
 @pytest.mark.parametrize("given, stored", FINISH_REASONS)
-def test_finish_reasons_of_servers(given, stored):
+def test_finish_reasons_of_servers_are_converted_to_ours(given, stored):
     assert evaluation.read_answer({"content": "x", "finish_reason": given}) == ("x", stored)
 
 
@@ -271,7 +269,7 @@ def test_text_and_calls_are_found_in_the_fields_of_an_answer(fields, text):
     assert evaluation.read_answer(fields)[0] == text
 
 
-def test_an_answer_that_is_none_is_a_failure_and_no_exception(ask):
+def test_an_unreadable_answer_is_a_failure_and_not_an_exception(ask):
     strange = [{}, {"choices": []}, {"choices": [{"message": {"content": 3}}]}, [1]]
     strange += [completion("x", "content_filter"), completion("\ud800 x")]
     number = {str(n): answer for n, answer in enumerate(strange)}
@@ -295,14 +293,14 @@ def test_a_base_url_and_the_full_url_are_accepted(given, expected):
     assert evaluation.chat_url(given) == expected
 
 
-def test_a_key_is_removed_from_an_error_before_the_error_is_cut():
+def test_an_api_key_is_removed_from_an_error_before_the_error_is_shortened():
     message = "x" * 290 + " sk-verysecretkey " + "x" * 100
     kept = evaluation.shorten_error(message, ["sk-verysecretkey", ""])
     assert len(kept) == evaluation.MAX_MESSAGE_LENGTH + 3 and "sk-" not in kept
 
 
 @pytest.mark.parametrize("key", ["sk-abc\nsecretdef", "sk-abc\u2026"])
-def test_a_key_that_no_header_can_hold_is_one_line_without_the_key(key, monkeypatch):
+def test_an_api_key_that_is_not_valid_in_a_header_prints_one_line_without_the_key(key, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", key)
     args = evaluation.parse_args(["--server", "http://127.0.0.1:9/v1", "--server-model", "fc"])
     with pytest.raises(SystemExit) as end:
@@ -310,7 +308,7 @@ def test_a_key_that_no_header_can_hold_is_one_line_without_the_key(key, monkeypa
     assert end.value.code.startswith("error: OPENAI_API_KEY") and "sk-" not in end.value.code
 
 
-def test_the_next_command_of_a_named_baseline_reads_its_failures(tmp_path, monkeypatch):
+def test_the_next_command_after_a_named_baseline_shows_its_failures(tmp_path, monkeypatch):
     argv = ["--baseline", "--name", "base2"]
     monkeypatch.setattr(evaluation, "default_adapter", lambda model: tmp_path)
     command = evaluation.next_command(evaluation.parse_args(argv), argv)

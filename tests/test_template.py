@@ -116,7 +116,7 @@ CONVERSATIONS = [
 
 @pytest.mark.parametrize("tools", [TOOLS, []], ids=["tools", "none"])
 @pytest.mark.parametrize("messages", CONVERSATIONS)
-def test_openai_messages_with_tools_are_the_text_that_is_trained_on(messages, tools):
+def test_openai_messages_with_tools_give_the_same_text_as_training(messages, tools):
     row = {"messages": messages, "tools": tools}
     is_shown = bool(tools)
     for before_request in (prepare.THINK_INSTRUCTION, "\n\n"):
@@ -141,7 +141,7 @@ SERVING = plain(make_templates("\n\n")[1])
 
 
 @given(values)
-def test_json_of_arguments_and_tools_is_spelled_as_json_dumps_does(value):
+def test_json_of_arguments_and_tools_equals_the_output_of_json_dumps(value):
     spelled = json.dumps({"x": value}, ensure_ascii=False)
     call = {"name": "f", "arguments": {"x": value}}
     text = SERVING.render(messages=[HI, model(None, call)], tools=[{"x": value}])
@@ -184,7 +184,7 @@ def write_messages(system, drawn):
 
 
 @given(st.lists(contents, max_size=2), exchanges)
-def test_any_messages_of_openai_are_the_text_that_is_trained_on(system, drawn):
+def test_any_openai_messages_give_the_same_text_as_training(system, drawn):
     messages = write_messages(system, drawn)
     split = prepare.convert_row({"messages": messages, "tools": TOOLS}, "\n\n")["messages"]
     expected = SERVING.render(messages=split)
@@ -200,13 +200,13 @@ NONSENSE = {
 
 
 @pytest.mark.parametrize("reason", NONSENSE)
-def test_what_the_template_does_not_know_is_an_error_and_never_left_out(reason):
+def test_messages_that_the_template_does_not_support_raise_an_error(reason):
     with pytest.raises(ValueError, match=reason):
         SERVING.render(messages=NONSENSE[reason], raise_exception=refuse)
 
 
 @pytest.mark.parametrize("is_real", [False, True], ids=["sample", "real"])
-def test_no_text_whatsoever_becomes_a_control_token(is_real):
+def test_no_text_is_tokenized_as_a_control_token(is_real):
     if is_real and not REAL_TOKENIZER.is_dir():
         pytest.skip(f"{REAL_TOKENIZER} is not there")
     tokenizer = AutoTokenizer.from_pretrained(REAL_TOKENIZER) if is_real else TOKENIZER
@@ -240,7 +240,7 @@ def test_control_tokens_come_from_the_tokenizer():
 
 
 @pytest.mark.parametrize("loss_on, marked", [("model-turns", [0, 1]), ("all", [1, 0])])
-def test_the_marks_name_the_turns_with_loss_or_those_without(loss_on, marked):
+def test_the_generation_marks_follow_the_train_flag(loss_on, marked):
     """Where all tokens carry loss, the marks are around the turns that carry none."""
     template = train.make_template(make_wording("\n\n"), TOKENIZER, loss_on)
     messages = [HI, {**HELLO, "train": False}, HI, {**HELLO, "train": None}]
@@ -253,7 +253,7 @@ def test_the_marks_name_the_turns_with_loss_or_those_without(loss_on, marked):
 
 @pytest.mark.skipif(not REAL_ROWS.is_file(), reason=f"{REAL_ROWS} is not there")
 @pytest.mark.skipif(not REAL_TOKENIZER.is_dir(), reason=f"{REAL_TOKENIZER} is not there")
-def test_labels_of_real_rows_in_real_tokens_are_what_the_model_says():
+def test_labels_of_real_rows_are_exactly_the_model_turns():
     tokenizer = AutoTokenizer.from_pretrained(REAL_TOKENIZER)
     training, _ = make_templates(prepare.THINK_INSTRUCTION)
     options = {"chat_template": training, "return_dict": True, "return_assistant_tokens_mask": True}

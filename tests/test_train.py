@@ -88,7 +88,7 @@ def test_one_bos_and_only_model_turns_carry_loss_with_their_end_of_turn(build):
     assert ids == labels
 
 
-def test_a_turn_that_is_marked_train_false_carries_no_loss(build):
+def test_a_turn_marked_train_false_carries_no_loss(build):
     first = {**CONVERSATION[1], "train": False}
     marked = [CONVERSATION[0], first, *CONVERSATION[2:]]
     trainer, _ = build(conversations=[marked] * 5)
@@ -101,7 +101,7 @@ def test_a_turn_that_is_marked_train_false_carries_no_loss(build):
     assert all_ids == ids and decode(without_loss) == f"{first['content']}<end_of_turn>"
 
 
-def test_conversations_over_the_length_are_dropped_and_counted_never_cut(build):
+def test_conversations_over_max_length_are_dropped_and_counted_and_never_cut(build):
     length = len(labels_of(build(conversations=[CONVERSATION] * 5)[0])[0])
     longer = [*CONVERSATION[:3], {"role": "assistant", "content": "It is 20 degrees in Paris!!"}]
     rows = [CONVERSATION, longer, CONVERSATION] * 5
@@ -110,7 +110,7 @@ def test_conversations_over_the_length_are_dropped_and_counted_never_cut(build):
     assert num_dropped == 5 and [len(ids) for ids in kept] == [length] * 10
 
 
-def test_each_step_has_its_full_number_of_conversations(build):
+def test_each_step_has_the_full_number_of_conversations(build):
     for num_rows, num_training, num_validation in ((24, 16, 5), (3, 2, 1)):
         trainer, _ = build(conversations=[CONVERSATION] * num_rows)
         assert len(trainer.train_dataset) == num_training
@@ -118,7 +118,7 @@ def test_each_step_has_its_full_number_of_conversations(build):
 
 
 @pytest.mark.parametrize("num_labels", [None, 500])
-def test_loss_and_gradients_are_those_of_trl(build, num_labels):
+def test_loss_and_gradients_equal_those_of_trl(build, num_labels):
     trainer, _ = build("--batch-size", "4", "--lora-dropout", "0")
     rows = [trainer.train_dataset[index] for index in range(4)]
     batch = trainer.data_collator(rows)
@@ -138,7 +138,7 @@ def test_loss_and_gradients_are_those_of_trl(build, num_labels):
 # ---- What a run changes and writes
 
 
-def test_lora_weights_move_and_nothing_else(finished, tiny_model):
+def test_training_changes_only_the_lora_weights(finished, tiny_model):
     before = load_file(tiny_model / "model.safetensors")
     after = dict(finished.trainer.model.base_model.model.named_parameters())
     after = {name.replace(".base_layer", ""): weight for name, weight in after.items()}
@@ -148,7 +148,7 @@ def test_lora_weights_move_and_nothing_else(finished, tiny_model):
     assert len(lora) == 14 and all(weight.any() for weight in lora)  # they begin at zero
 
 
-def test_the_adapter_holds_lora_of_the_seven_projections_and_nothing_else(finished):
+def test_the_adapter_contains_only_lora_weights_of_the_seven_projections(finished):
     projections = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split()
     weights = load_file(finished.adapter / WEIGHTS)
     parts = [name.split(".")[4:] for name in weights]  # such as 0, mlp, up_proj, lora_A, weight
@@ -157,7 +157,7 @@ def test_the_adapter_holds_lora_of_the_seven_projections_and_nothing_else(finish
     assert {weight.dtype for weight in weights.values()} == {torch.float32}
 
 
-def test_an_adapter_of_the_real_shapes_is_small(finished):
+def test_an_adapter_for_a_real_model_is_small(finished):
     for layers, hidden, mlp, megabytes in ((18, 640, 2048, 16), (26, 1152, 6912, 53)):
         shape = {"hidden_size": hidden, "intermediate_size": mlp, "head_dim": 256}
         heads = {"num_attention_heads": 4, "num_key_value_heads": 1, "num_hidden_layers": layers}
@@ -168,9 +168,7 @@ def test_an_adapter_of_the_real_shapes_is_small(finished):
         assert 0.9 * megabytes < 4 * sum(map(torch.numel, lora)) / 1e6 < megabytes
 
 
-def test_the_adapter_folder_is_all_that_is_needed_beside_the_base_and_no_pickle(
-    finished, tiny_model
-):
+def test_the_adapter_folder_is_complete_and_contains_no_pickle(finished, tiny_model):
     tokenizer_files = ["tokenizer.json", "tokenizer_config.json", "tokenizer.model"]
     names = {"README.md", "adapter_config.json", WEIGHTS, "chat_template.jinja", *tokenizer_files}
     names |= {"generation_config.json", "loss.png", "training_run.json"}
@@ -188,7 +186,7 @@ def test_the_adapter_folder_is_all_that_is_needed_beside_the_base_and_no_pickle(
     assert losses[run["best_step"]] == min(losses.values())
 
 
-def test_reload_and_merge_equal_the_trained_model_and_serve_its_template(finished, tiny_model):
+def test_the_reloaded_and_the_merged_model_equal_the_trained_model(finished, tiny_model):
     serving = (finished.adapter / "chat_template.jinja").read_text()
     assert "<tool_call>" in serving and "{%- generation" not in serving
     for folder in (finished.adapter, finished.merged):
@@ -207,7 +205,7 @@ def test_reload_and_merge_equal_the_trained_model_and_serve_its_template(finishe
     assert merged.dtype == torch.float32
 
 
-def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(
+def test_the_same_seed_gives_the_same_bytes_and_a_different_seed_does_not(
     finished, tiny_model, flags, tmp_path
 ):
     weights = []
@@ -234,7 +232,7 @@ train.main()
 
 
 @pytest.mark.slow
-def test_killed_and_resumed_the_adapter_is_bit_for_bit_the_undisturbed_one(
+def test_a_killed_and_resumed_run_gives_the_same_adapter_bit_for_bit(
     finished, tiny_model, flags, tmp_path
 ):
     command = [*flags, "--model", str(tiny_model), "--output-dir", "run"]
@@ -259,7 +257,9 @@ def test_killed_and_resumed_the_adapter_is_bit_for_bit_the_undisturbed_one(
     assert not checkpoints.exists()
 
 
-def test_a_finished_run_is_not_replaced_unasked_and_resume_only_merges(tiny_model, flags, tmp_path):
+def test_a_finished_run_is_not_replaced_without_overwrite_and_resume_only_merges(
+    tiny_model, flags, tmp_path
+):
     command = [*flags, "--model", tiny_model, "--max-steps", "1", "--output-dir", "run"]
     assert run_here(SCRIPT, *command, cwd=tmp_path).returncode == 0
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").iterdir()}
@@ -273,7 +273,7 @@ def test_a_finished_run_is_not_replaced_unasked_and_resume_only_merges(tiny_mode
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").iterdir()} == before
 
 
-def test_a_loss_that_is_no_number_stops_the_run_with_its_step(
+def test_a_loss_that_is_nan_stops_the_run_and_the_error_names_the_step(
     tiny_model, flags, tmp_path, monkeypatch
 ):
     command = [*flags, "--model", str(tiny_model), "--output-dir"]
@@ -317,7 +317,7 @@ def raise_in_training(patch, error):
 
 
 @pytest.mark.parametrize("error, words", FAILURES)
-def test_what_a_machine_lacks_is_one_line_with_its_own_advice(
+def test_a_missing_resource_prints_one_line_of_advice(
     error, words, tiny_model, flags, tmp_path, monkeypatch
 ):
     raise_in_training(monkeypatch, error)
@@ -327,7 +327,7 @@ def test_what_a_machine_lacks_is_one_line_with_its_own_advice(
     assert "Errno" not in process.stderr and "Error" not in process.stderr.replace(FULL, "")
 
 
-def test_a_bug_keeps_its_traceback_and_the_advice_for_memory_works(
+def test_a_bug_keeps_its_traceback_and_the_advice_about_memory_works(
     tiny_model, flags, tmp_path, monkeypatch
 ):
     command = [*flags, "--model", tiny_model, "--max-steps", "1"]
@@ -339,7 +339,7 @@ def test_a_bug_keeps_its_traceback_and_the_advice_for_memory_works(
     assert run_here(SCRIPT, *command, cwd=tmp_path).returncode == 0
 
 
-def test_ctrl_c_is_one_line_that_says_how_to_continue(tiny_model, flags, tmp_path, monkeypatch):
+def test_ctrl_c_prints_one_line_that_says_how_to_continue(tiny_model, flags, tmp_path, monkeypatch):
     raise_in_training(monkeypatch, KeyboardInterrupt())
     process = run_here(SCRIPT, *flags, "--model", tiny_model, cwd=tmp_path)
     assert process.returncode == 1
@@ -352,7 +352,7 @@ def losses_of(folder):
 
 
 @pytest.mark.slow
-def test_two_processes_give_the_losses_of_one(tiny_model, flags, tmp_path):
+def test_two_processes_give_the_same_losses_as_one(tiny_model, flags, tmp_path):
     command = [*flags, "--model", str(tiny_model), "--lora-dropout", "0", "--output-dir"]
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     launch += [ROOT / SCRIPT, *command, "two"]
@@ -382,9 +382,7 @@ WRONG_VALUES = [
 ]
 
 
-def test_mistakes_end_in_one_line_and_the_corrected_command_just_works(
-    tiny_model, splits, tmp_path
-):
+def test_user_mistakes_print_one_line_and_the_corrected_command_works(tiny_model, splits, tmp_path):
     command = ["--model", "tiny-gemma", "--max-steps", "1", "--output-dir", "run"]
     split = tmp_path / "processed_data/function_calling_train.jsonl"
 
@@ -437,9 +435,7 @@ def test_mistakes_end_in_one_line_and_the_corrected_command_just_works(
 
 
 @pytest.mark.parametrize("folder", [".", "notes"])
-def test_a_folder_with_other_files_is_refused_and_left_as_it_is(
-    folder, tiny_model, flags, tmp_path
-):
+def test_a_folder_with_other_files_is_refused_and_not_changed(folder, tiny_model, flags, tmp_path):
     (tmp_path / "notes").mkdir()
     for path in (tmp_path / "README.md", tmp_path / "notes/todo.txt"):
         path.write_text("mine")
@@ -493,7 +489,7 @@ train.main(sys.argv[1:-1])
 
 @pytest.mark.slow
 @pytest.mark.parametrize("length", [["--max-steps", "4"], ["--epochs", "0.7"]])
-def test_resumed_after_its_last_step_a_run_does_not_train_one_more(
+def test_a_run_resumed_after_its_last_step_trains_no_further_step(
     length, tiny_model, flags, tmp_path
 ):
     command = [*flags, "--model", str(tiny_model), *length, "--output-dir"]
@@ -515,7 +511,7 @@ def test_resumed_after_its_last_step_a_run_does_not_train_one_more(
 
 
 @pytest.mark.slow
-def test_a_second_run_in_the_same_folder_is_refused_while_the_first_one_lives(
+def test_a_second_run_in_the_same_folder_is_refused_while_the_first_is_running(
     tiny_model, flags, tmp_path
 ):
     command = [*flags, "--model", str(tiny_model), "--max-steps", "2", "--output-dir", "run"]
@@ -535,7 +531,7 @@ def test_a_second_run_in_the_same_folder_is_refused_while_the_first_one_lives(
     assert not (tmp_path / "run-checkpoints").exists()
 
 
-def test_the_time_of_a_resumed_run_includes_the_part_before(build):
+def test_the_time_of_a_resumed_run_includes_the_time_before_the_interruption(build):
     trainer, _ = build()
     progress = next(
         callback
@@ -552,7 +548,7 @@ def test_the_time_of_a_resumed_run_includes_the_part_before(build):
 # ---- What a run says
 
 
-def test_the_next_commands_can_be_pasted_and_include_the_baseline_until_it_is_there(
+def test_the_next_commands_can_be_pasted_and_include_a_missing_baseline(
     tiny_model, splits, tmp_path
 ):
     data = shutil.copytree(splits, tmp_path / "my data")
@@ -579,7 +575,9 @@ def test_the_next_commands_can_be_pasted_and_include_the_baseline_until_it_is_th
     )
 
 
-def test_progress_outside_a_terminal_is_a_few_lines_with_the_time_left(tiny_model, flags, tmp_path):
+def test_progress_outside_a_terminal_is_a_few_lines_with_the_remaining_time(
+    tiny_model, flags, tmp_path
+):
     process = run_here(SCRIPT, *flags, "--model", tiny_model, cwd=tmp_path)
     lines = [line.split()[0] for line in process.stdout.splitlines()]
     assert lines == ["Model", "Data", *["Step"] * 4, "Trained", "Adapter", "Next", "python"]
@@ -629,7 +627,7 @@ def test_the_plot_marks_the_saved_checkpoint_and_shows_a_run_of_one_step(history
     assert all(line.get_marker() != "None" for line in lines.values())  # one point is visible
 
 
-def test_the_model_card_is_valid_for_the_hub_and_its_python_runs(finished, flags, capsys):
+def test_the_model_card_is_valid_for_the_hub_and_its_snippet_runs(finished, flags, capsys):
     card = (finished.adapter / "README.md").read_text()
     metadata = ModelCard(card).data
     assert metadata.license == "gemma" and metadata.library_name == "peft"
@@ -643,7 +641,7 @@ def test_the_model_card_is_valid_for_the_hub_and_its_python_runs(finished, flags
     assert capsys.readouterr().out.strip()
 
 
-def test_the_model_card_of_the_published_data_has_its_license_and_the_scores_of_its_weights(
+def test_the_model_card_contains_the_license_of_the_published_data_and_the_scores(
     finished, tiny_model, splits, tmp_path, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)
@@ -730,7 +728,7 @@ def build_on_cuda(tiny_model, splits, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("shape, dtype, memory, length", CELLS)
-def test_activations_are_recomputed_when_the_gpu_cannot_keep_the_longest_batch(
+def test_activations_are_recomputed_if_the_longest_batch_does_not_fit_the_gpu(
     shape, dtype, memory, length, build_on_cuda
 ):
     num_layers, layer_bytes, weight_bytes = MEASURED[shape, dtype]
@@ -749,7 +747,7 @@ def test_activations_are_recomputed_when_the_gpu_cannot_keep_the_longest_batch(
         assert needed(length * 1.06) > 0.9 * memory  # the rule wastes little
 
 
-def test_the_cuda_branch_makes_one_batch_of_a_step_and_leaves_the_loss_to_trl(build_on_cuda):
+def test_on_cuda_a_step_is_one_batch_and_trl_computes_the_loss(build_on_cuda):
     shape = ("270m", "bfloat16", 85e9, [20, 30, 40, 50, 60, 70, 80, 90])
     trainer, _ = build_on_cuda(*shape)
     assert trainer.args.bf16 and not trainer.args.use_cpu
@@ -768,7 +766,7 @@ def test_the_cuda_branch_makes_one_batch_of_a_step_and_leaves_the_loss_to_trl(bu
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_the_estimate_of_kept_activations_is_a_little_above_the_measured_bytes(dtype):
+def test_the_memory_estimate_is_slightly_above_the_measured_bytes(dtype):
     measured = estimate_memory.measure_activations("270m", dtype)
     model = estimate_memory.make_empty_model("270m", dtype)
     one, two = (train.estimate_memory(model, tokens, False) for tokens in (1000, 2000))
@@ -777,13 +775,13 @@ def test_the_estimate_of_kept_activations_is_a_little_above_the_measured_bytes(d
     assert train.estimate_memory(model, 16_384, True) < train.estimate_memory(model, 16_384, False)
 
 
-def test_loss_on_all_tokens_is_left_to_trl(build):
+def test_trl_computes_the_loss_on_all_tokens(build):
     trainer, _ = build("--loss-on", "all")
     assert not isinstance(trainer, train.LabelledTrainer)
     assert isinstance(build()[0], train.LabelledTrainer)
 
 
-def test_help_answers_before_the_heavy_libraries_are_imported():
+def test_help_is_printed_without_importing_the_heavy_libraries():
     code = "import function_calling_train, sys; function_calling_train.parse_args([]);"
     code += "print([name for name in ('torch', 'transformers', 'numpy') if name in sys.modules])"
     process = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)

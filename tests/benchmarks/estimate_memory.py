@@ -118,7 +118,7 @@ def count_kept_bytes(shape: str, dtype: str, num_layers: int, num_tokens: int) -
     return sum(storage.nbytes() for storage in kept.values())
 
 
-def measure_layer(shape: str, dtype: str, num_tokens: int = 256) -> float:
+def measure_activations(shape: str, dtype: str, num_tokens: int = 256) -> float:
     """Measure the bytes that one decoder layer keeps for the backward pass of a token."""
     import torch
 
@@ -134,7 +134,7 @@ def print_measurements() -> None:
     for shape in MODELS:
         num_layers = workload.SHAPES[shape]["num_hidden_layers"]
         for dtype in DTYPES:
-            num_bytes = measure_layer(shape, dtype)
+            num_bytes = measure_activations(shape, dtype)
             megabytes = num_bytes * num_layers / 1e6
             rows.append([shape, dtype, f"{num_bytes:,.0f}", f"{megabytes:.2f}"])
     workload.print_table(
