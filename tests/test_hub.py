@@ -1,4 +1,4 @@
-"""The hub path for real: the scripts against a hub on the loopback interface."""
+"""Tests of the scripts with a local server that implements the API of the Hub."""
 
 import json
 from pathlib import Path
@@ -14,12 +14,13 @@ from servers import COMMIT, Hub
 DATASET = ("datasets", "NousResearch/hermes-function-calling-v1")
 MODEL = ("models", "google/gemma-3-1b-it")
 ADAPTER = "LoRA_gemma-3-1b-it-function_calling"
-PREPARE, TRAIN = "prepare_function_calling_dataset.py", "function_calling_train.py"
+PREPARE = "prepare_function_calling_dataset.py"
+TRAIN = "function_calling_train.py"
 
 
 @pytest.fixture
 def hub(tmp_path, tiny_model):
-    """A hub with the two default repositories."""
+    """A Hub with the default dataset and the default model."""
     folder = tmp_path / "dataset"
     folder.mkdir()
     (folder / "glaive.json").write_text(json.dumps([make_row(number) for number in range(40)]))
@@ -33,8 +34,9 @@ def hub(tmp_path, tiny_model):
 
 @pytest.fixture
 def run(hub, tmp_path, monkeypatch):
-    """Run a script in an empty folder, `work`, with this hub; step 2 in this process."""
-    work, cache = tmp_path / "work", tmp_path / "cache"
+    """Run a script with this Hub in the empty folder run.work. Step 2 runs in this process."""
+    work = tmp_path / "work"
+    cache = tmp_path / "cache"
     work.mkdir()
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache / "hub"))
@@ -124,7 +126,7 @@ def test_gated_absent_and_unreachable_repositories_print_one_line_of_advice(
     assert_fails_in_one_line(gated, page, "run `hf auth login`", "run this command again")
     if script == TRAIN:
         assert_fails_in_one_line(gated, f"Open the model's page {page}, accept the license")
-    hub.url = "http://127.0.0.1:9"  # where nobody listens
+    hub.url = "http://127.0.0.1:9"  # where no server listens
     assert_fails_in_one_line(run(*command), "network connection" if script == TRAIN else no_network)
     if script == TRAIN:
         upload = run(*command, what, tiny_model, "--push-to-hub", "me/adapter")
@@ -132,7 +134,7 @@ def test_gated_absent_and_unreachable_repositories_print_one_line_of_advice(
     assert not list(run.work.iterdir())
 
 
-# ---- Step 3: the models and adapters that it downloads
+# ---- Models and adapters that step 3 downloads
 
 EVALUATE = "evaluation.py"
 ADAPTER_REPO = ("models", "me/adapter")
@@ -140,7 +142,7 @@ ADAPTER_REPO = ("models", "me/adapter")
 
 @pytest.fixture
 def evaluate(hub, run, splits, monkeypatch):
-    """Run step 3 in this process against the Hub, on the test split of the fixture."""
+    """Run step 3 with this Hub in this process, on one test conversation."""
 
     def evaluate(*flags, offline=False, cache="cache"):
         files = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
@@ -158,7 +160,7 @@ def evaluate(hub, run, splits, monkeypatch):
 def test_step_3_prints_one_line_of_advice_about_a_repository_it_cannot_read(
     hub, run, evaluate, tiny_model, repo, flags
 ):
-    """The first error that nearly every user meets; for the model and for the adapter alike."""
+    """A gated model is the first error of most users. Models and adapters are treated alike."""
     if repo == ADAPTER_REPO:
         hub.repos[repo] = tiny_model
         flags = ["--model", tiny_model, "--adapter"]

@@ -1,4 +1,4 @@
-"""Step 1: rows in the layouts of today's tools; nothing that a row says is lost silently."""
+"""Tests of step 1: rows in the layouts of common tools. No content of a row is lost silently."""
 
 import json
 import time
@@ -20,7 +20,7 @@ ANSWER = {"role": "assistant", "content": "9 metres."}
 
 
 def call(port="Ulm", name="depth", spelled=None):
-    """A call as a split has it; `spelled` is the arguments as JSON text."""
+    """The text of a call in a split. `spelled` is the JSON text of its arguments."""
     spelled = json.dumps({"port": port}, ensure_ascii=False) if spelled is None else spelled
     return f'<tool_call>\n{{"name": "{name}", "arguments": {spelled}}}\n</tool_call>'
 
@@ -47,14 +47,14 @@ def row_of(*messages, **columns):
 
 
 def convert(row):
-    """Return the texts of a row's turns, and what is noticed."""
+    """Return the texts of the turns of a row, and the counted notices."""
     notices = Counter()
     record = prepare.convert_row(row, "\n\n", notices)
     return [turn["content"] for turn in record["messages"]], dict(notices)
 
 
 def texts(*messages, **columns):
-    """The texts of a row in which nothing is left unread."""
+    """Return the texts of the turns of a row, and assert that all its keys were read."""
     said, notices = convert(row_of(*messages, **columns))
     assert not [reason for kind, reason in notices if kind == "unread"]
     return said
@@ -78,7 +78,7 @@ def test_thoughts_are_written_before_the_call_of_their_turn(thought):
     assert texts(ASK, {**calls(tool_call()), **thought}) == expected
 
 
-def test_a_thought_is_written_even_if_the_text_contains_it_and_only_with_our_tags():
+def test_a_thought_is_written_even_if_the_text_contains_it_and_loses_its_own_tags():
     said = {"role": "assistant", "content": "The answer is 42.", "reasoning_content": "42"}
     assert texts(ASK, said)[1] == "<think>42</think>\nThe answer is 42."
     said["reasoning_content"] = "<think>\nLook.\n</think>"
@@ -145,7 +145,7 @@ def test_tools_that_the_prompt_already_shows_are_not_written_again(block):
 
 
 def test_tools_that_the_prompt_lists_one_per_line_are_read():
-    """As in Qwen's and Hermes's own prompts."""
+    """The prompts of Qwen and Hermes list them so."""
     other = make_tool("f", "x")
     system = f"<tools>\n{json.dumps(TOOL)}\n{json.dumps(other)}\n</tools>"
     record = prepare.convert_row(row_of({"role": "system", "content": system}, ASK, ANSWER))
@@ -170,7 +170,7 @@ UNREADABLE_TOOLS = ["depth(port)", [TOOL, "depth"], [{"depth": {"port": "string"
 
 @pytest.mark.parametrize("tools", UNREADABLE_TOOLS)
 def test_tools_that_cannot_be_read_are_null_and_counted(tools):
-    """Null tells evaluation.py not to judge calls by the tools of this row."""
+    """Null tells evaluation.py not to check calls against the tools of this row."""
     notices = Counter()
     record = prepare.convert_row(row_of(ASK, calls(tool_call()), tools=tools), "\n\n", notices)
     assert record["tools"] is None
@@ -299,7 +299,7 @@ def test_an_answer_in_json_is_not_read_as_a_call():
     assert convert(row_of(ASK, said))[1] == {}
 
 
-def test_calls_whose_keys_are_all_null_are_ignored():
+def test_calls_and_keys_that_are_null_are_ignored():
     empty = {"id": None, "type": None, "function": {"name": None, "arguments": None}}
     filled = {"function_call": {"name": None, "arguments": None}, "tool_calls": [empty]}
     assert texts(ASK, {**ANSWER, **filled})[1] == "9 metres."
@@ -332,7 +332,7 @@ ANYTHING = [None, 7, [], {}, "x", [[]], [7], True, {"a": None}, [{"name": "f"}]]
 
 @pytest.mark.parametrize("value", ANYTHING, ids=str)
 def test_no_value_in_any_field_raises_an_unexpected_exception(value):
-    """Catches one odd row that ends the preparation of thousands."""
+    """Otherwise one unusual row would end the preparation of thousands."""
     function = {"name": "depth", "arguments": PORT}
     parts = [{"type": "text", "text": "Hi"}]
     fields = [
@@ -389,7 +389,7 @@ def test_results_follow_the_order_of_their_calls():
     for results in (
         [tool("2", "7"), tool("9", "a")],
         [tool("9", None), tool("2", None)],
-        [tool("9", "x"), tool("2", "x")],  # ids that say nothing
+        [tool("9", "x"), tool("2", "x")],  # ids that match no call
     ):
         assert texts(ASK, asked, *results, ANSWER)[2] == in_order
     named = [{"function": {"name": "f"}}, {"function": {"name": "g"}}]
@@ -596,7 +596,8 @@ def write_openai(conversation, as_text, is_reversed):
     messages = [{"role": "system", "content": conversation["system"]}]
     for exchange in conversation["exchanges"]:
         messages.append({"role": "user", "content": exchange["user"]})
-        made, results = [], []
+        made = []
+        results = []
         for number, (drawn, said) in enumerate(exchange["calls"]):
             arguments = json.dumps(drawn["arguments"]) if as_text else drawn["arguments"]
             function = {"name": drawn["name"], "arguments": arguments}
@@ -656,7 +657,7 @@ def test_a_question_and_its_calls_give_the_same_text_in_xlam_and_openai(query, m
     assert prepare.convert_row(row) == prepare.convert_row(as_openai)
 
 
-# ---- No key of a row disappears
+# ---- Unread keys
 
 keys = st.text(min_size=1, max_size=8).map(lambda text: f"x_{text}")
 contents = st.booleans() | st.integers() | st.text(min_size=1) | st.just([{"a": 0, "b": None}])
@@ -708,7 +709,8 @@ def numbered(*numbers):
 def test_the_summary_counts_rows_and_names_the_first_one(tmp_path, capsys):
     rows = numbered(*range(8))
     rows[3]["mood"] = "good"
-    rows[5]["mood"] = rows[5]["messages"][1]["mood"] = "bad"
+    rows[5]["mood"] = "bad"
+    rows[5]["messages"][1]["mood"] = "bad"
     rows[6]["messages"][1]["content"] = call() + call()
     _, info = run(write_rows(tmp_path / "rows.jsonl", rows), tmp_path / "out")
     printed = capsys.readouterr().out
@@ -788,7 +790,7 @@ def test_options_without_effect_are_refused(capsys):
     assert "not for a file" in capsys.readouterr().err
 
 
-# ---- The small files that users' tools produce
+# ---- Small files from common tools
 
 QUITO = call("Quito", "harbour_depth")
 ULM = call("Ulm", "harbour_depth")
@@ -797,7 +799,7 @@ NINE = result('{"metres": 9}')
 OSLO = call(name="get_weather", spelled='{"city": "Oslo"}')
 DEGREES = result('{"degrees": 0}')
 IT_IS = "It is 0 degrees in Oslo."
-CASES = {  # the turns of the first row after the user's first one
+CASES = {  # all turns of the first row but the first user turn
     "good": [OSLO, DEGREES, IT_IS],
     "c01_sharegpt_function_call": [OSLO, DEGREES, IT_IS],
     "c02_openai_messages": [OSLO, DEGREES, IT_IS],
@@ -894,7 +896,7 @@ LAYOUT_WRITERS = {
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUT_WRITERS)
 def test_each_layout_goes_through_training_and_evaluation(layout, tmp_path, tiny_model):
-    """One optimizer step, then an evaluation of the adapter on every test query."""
+    """Training takes one step, and the adapter is evaluated on all test queries."""
     rows = []
     for number in range(20):
         made = [({"name": "f", "arguments": {"x": f"{number}"}}, f"{number} metres")]
@@ -936,7 +938,7 @@ def test_parallel_calls_in_text_keep_both_results():
     assert said == [*expected, result("7") + "\n" + result("19"), "7 and 19."]
 
 
-# The arguments of a call that fits the tools of a case, and of one that does not.
+# Arguments that fit the tools of a file, and arguments that do not
 VERDICTS = {
     "c06_arrow_nulls": ({"city": "Oslo"}, {"path": "x"}),
     "c08_type_dict": ({"city": "Oslo", "days": 2}, {"city": "Oslo", "days": "two"}),
@@ -971,7 +973,7 @@ def test_a_call_is_checked_against_the_tools_of_a_file(name):
 def test_predictions_are_matched_with_the_queries_of_a_file(
     split, predictions, num_right, tmp_path, monkeypatch
 ):
-    """Calls that a server parsed itself, and ids that are numbers."""
+    """In one file, the server has parsed the calls. In the other one, ids are numbers."""
     monkeypatch.chdir(tmp_path)
     run(SHARED / "cases" / f"{split}.jsonl", tmp_path / "processed_data")
     file = SHARED / "cases" / predictions

@@ -1,4 +1,4 @@
-"""Step 1: what becomes of a row, which rows are dropped, which split is drawn, what is written."""
+"""Tests of step 1: converting rows, dropping rows, drawing the split and writing the files."""
 
 import gzip
 import hashlib
@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 import prepare_function_calling_dataset as prepare
 
 REAL_ROWS = SHARED / "data/glaive_function_calling_300.json"
-THINK = prepare.THINK_INSTRUCTION  # the hashes of the real splits hold its wording
-HI, HELLO = ("human", "Hi"), ("gpt", "Hello")
+THINK = prepare.THINK_INSTRUCTION  # its wording is part of the hashed splits
+HI = ("human", "Hi")
+HELLO = ("gpt", "Hello")
 CALL = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Oslo"}}\n</tool_call>'
 TOOL = make_tool("get_weather", "city")
 
@@ -67,7 +68,7 @@ def test_every_way_to_declare_tools_gives_the_same_json():
     for declared in ([TOOL], [json.dumps(TOOL)], *in_text, [{**TOOL, "filled_by_arrow": None}]):
         tools = prepare.convert_row(turns(HI, HELLO, tools=declared))["tools"]
         assert tools == json.dumps([TOOL])
-    for column in ("null", "", None, [], "not { readable"):  # the prompt shows them
+    for column in ("null", "", None, [], "not { readable"):  # the prompt shows the tools
         tools = prepare.convert_row({**make_row(0), "tools": column})["tools"]
         assert json.loads(tools) == [make_tool("get_weather_0", "city")]
 
@@ -149,7 +150,8 @@ def test_real_rows_give_the_expected_splits_byte_for_byte(tmp_path):
 
 def test_the_split_is_drawn_before_unusable_rows_are_dropped(tmp_path, capsys):
     rows = [make_row(number) for number in range(50)]
-    rows[8]["conversations"][2]["from"] = rows[20]["conversations"][2]["from"] = "robot"
+    rows[8]["conversations"][2]["from"] = "robot"
+    rows[20]["conversations"][2]["from"] = "robot"
     rows[9]["conversations"][1]["value"] = "half a \ud800 character"
     rows[30]["tools"] = [{"name": float("nan")}]
     rows[30]["conversations"][0]["value"] = "No tools here."
@@ -162,7 +164,7 @@ def test_the_split_is_drawn_before_unusable_rows_are_dropped(tmp_path, capsys):
         assert info[name]["conversations"] == len(expected)
         assert info[name]["sha256"] == sha256_of(tmp_path / info[name]["file"])
     assert (info["rows_loaded"], info["rows_kept"]) == (50, 47)
-    # Of 50 rows 38 have a call and an answer, 12 are small talk; three of the 38 are dropped.
+    # Of 50 rows, 38 have a call and an answer, and 12 are small talk. Three of the 38 are dropped.
     assert info["train"]["tool_call_turns"] + info["test"]["tool_call_turns"] == 35
     assert info["train"]["helpful_turns"] + info["test"]["helpful_turns"] == 35 + 12
     robots = info["dropped"].pop("unknown role 'robot'")
@@ -185,7 +187,8 @@ def test_missing_and_repeated_ids_are_made_unique(tmp_path):
 def test_all_file_formats_and_a_folder_give_the_same_splits(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     rows = []
-    for name in "abcdefghijklmnopqrst":  # Arrow gives each object the keys of all, with null
+    # Arrow adds the keys of all objects to each object, with null as their value.
+    for name in "abcdefghijklmnopqrst":
         call = {"function": {"name": name, "arguments": {f"of_{name}": "x"}}}
         said = ("user", "Go", None), ("assistant", None, [call])
         rows.append(openai(*said, tools=[make_tool(name, f"of_{name}")]))
@@ -194,13 +197,14 @@ def test_all_file_formats_and_a_folder_give_the_same_splits(tmp_path, monkeypatc
     (tmp_path / "rows.json").write_text(json.dumps(rows, indent=1), "utf-8-sig", newline="\r\n")
     pretty = "\n".join(json.dumps(row, indent=2) for row in rows)
     (tmp_path / "pretty.jsonl").write_text(pretty)
-    folder, options = tmp_path / "folder", ("--config=default", "--split=validation")
+    folder = tmp_path / "folder"
     folder.mkdir()
     for path in (tmp_path / "rows.parquet", folder / "validation.parquet"):
         datasets.Dataset.from_list(rows).to_parquet(str(path))
     files = [tmp_path / f"rows.{kind}" for kind in ("jsonl", "jsonl.gz", "json", "parquet")]
     files.append(tmp_path / "pretty.jsonl")
     runs = [run(file, tmp_path / "out")[0] for file in files]
+    options = ["--config", "default", "--split", "validation"]
     runs.append(run(folder, tmp_path / "out", *options)[0])
     assert len(runs[0]["train"]) == 16 and "null" not in str(runs[0]["train"])
     assert all(splits == runs[0] for splits in runs)
@@ -227,13 +231,14 @@ UNREADABLE = [
     ("rows.parquet", "no parquet", "Parquet"),
     ("rows.jsonl", '{"id": 1}\n' * 9, "none of the 9 rows .* match no supported layout"),
     ("absent.jsonl", None, "no such file"),
-    ("", None, "any data file"),  # a folder with none
+    ("", None, "any data file"),  # a folder without data files
 ]
 
 
 @pytest.mark.parametrize("name, content, words", UNREADABLE)
 def test_unreadable_input_prints_one_line_and_changes_no_files(tmp_path, name, content, words):
-    source, out = tmp_path / "in" / name, tmp_path / "out"
+    source = tmp_path / "in" / name
+    out = tmp_path / "out"
     (tmp_path / "in").mkdir()
     run(write_rows(tmp_path / "rows.jsonl", [turns(HI, HELLO)] * 5), out)
     before = {path.name: path.read_bytes() for path in out.iterdir()}
@@ -259,7 +264,7 @@ def test_the_summary_warns_if_tools_are_declared_but_never_called(tmp_path, caps
     assert warning.startswith("warning: tools are declared but no turn calls one")
     assert last.endswith(f"train.py --train-file {tmp_path}/out/function_calling_train.jsonl")
     assert info["prompt"]["before_request"] == "\n\n"
-    assert info["test"]["also_in_train"] == 2  # all ten rows are one
+    assert info["test"]["also_in_train"] == 2  # all ten rows are equal
 
 
 @given(st.text() | st.text(alphabet="<tool_call>/{}[]'\":, \n\0"))

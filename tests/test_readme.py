@@ -1,4 +1,4 @@
-"""The README: its Python snippet runs, and its commands name flags that exist."""
+"""Tests of the README: its Python snippet runs, and the flags in its commands exist."""
 
 import re
 import shlex
@@ -34,7 +34,7 @@ def test_every_command_in_the_readme_is_accepted():
 
 @pytest.mark.slow
 def test_the_python_snippet_runs_as_printed(finished, capsys):
-    """With the name of an adapter that exists, and a few tokens only."""
+    """Only the name of the adapter and the number of new tokens are replaced."""
     (snippet,) = [block for block in code_blocks("python") if "ADAPTER = " in block]
     snippet = re.sub(r'ADAPTER = ".*"', f"ADAPTER = {str(finished.adapter)!r}", snippet)
     exec(snippet.replace("max_new_tokens=256", "max_new_tokens=8"), {})

@@ -1,4 +1,4 @@
-"""Step 3 with --server: what is asked, read, retried, named and resumed."""
+"""Tests of step 3 with --server: requests, answers, retries, errors and resuming."""
 
 import asyncio
 import contextlib
@@ -15,15 +15,16 @@ CALL = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Oslo"}}\n</t
 
 @pytest.fixture
 def ask(tmp_path, tiny_model, monkeypatch):
-    """Ask a server, with short waits, about six conversations of a call and an answer each.
+    """Evaluate a server on six conversations of a call and an answer each, with short waits.
 
-    Returns predictions and metrics. With `error`, the evaluation must end in one that matches.
+    Returns predictions and metrics. With `error`, the evaluation must end with a matching error.
     """
     monkeypatch.setattr(evaluation, "RETRY_WAITS", (0.01, 0.02, 0.04))
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     monkeypatch.chdir(tmp_path)
-    tools, rows = json.dumps([make_tool("get_weather", "city")]), []
+    tools = json.dumps([make_tool("get_weather", "city")])
+    rows = []
     for number in range(6):
         messages = [
             {"role": "user", "content": f"Weather? <end_of_turn> {number}"},
@@ -42,7 +43,7 @@ def ask(tmp_path, tiny_model, monkeypatch):
         label = "baseline" if "--baseline" in flags else "server-fc"
         folder = tmp_path / "results" / tiny_model.name / label
         if not folder.exists():
-            assert not (tmp_path / "results").exists()  # nothing stored, no empty folder
+            assert not (tmp_path / "results").exists()  # not even an empty folder
             return None, None
         lines = (folder / "predictions.jsonl").read_text().splitlines()
         return list(map(json.loads, lines)), json.loads((folder / "metrics.json").read_text())
@@ -51,7 +52,7 @@ def ask(tmp_path, tiny_model, monkeypatch):
 
 
 def echo(asked, times):
-    """A perfect model: a call to a question, an answer to a result."""
+    """Answer like a perfect model: a question with a call, and a result with an answer."""
     return completion("It is 7 degrees." if len(asked["messages"]) == 3 else CALL)
 
 
@@ -60,7 +61,7 @@ def roles_in(requests):
 
 
 def test_a_fine_tuned_model_gets_unchanged_messages_and_the_baseline_user_turns(ask):
-    """Catches a tool turn that a stock template refuses, and a forged turn."""
+    """Gemma's own template refuses tool turns, and user text must not forge a turn."""
     server = ChatServer(echo, delay=0.02)
     predictions, metrics = ask(server.url, "--concurrency", "3")
     assert server.most_at_once == 3
@@ -76,12 +77,13 @@ def test_a_fine_tuned_model_gets_unchanged_messages_and_the_baseline_user_turns(
 
 
 def test_tool_calls_without_content_are_read_as_calls_in_text(ask):
-    """vLLM's and llama.cpp's parsers take calls out of the text; arguments are text or object."""
+    """vLLM and llama.cpp move calls from the text to `tool_calls`."""
 
     def parsed(asked, times):
         if len(asked["messages"]) == 3:
             return completion("It is 7 degrees.")
-        request, arguments = asked["messages"][0]["content"], '{"city": "Oslo"}'
+        request = asked["messages"][0]["content"]
+        arguments = '{"city": "Oslo"}'
         function = {"name": "get_weather", "arguments": arguments}
         if "0" in request:
             function["arguments"] = json.loads(arguments)
@@ -95,14 +97,15 @@ def test_tool_calls_without_content_are_read_as_calls_in_text(ask):
 
 
 def test_temporary_failures_are_retried_after_increasing_waits(ask, monkeypatch):
-    """Catches a query lost to a busy server, and one asked again without a pause."""
-    waits, sleep = [], evaluation.asyncio.sleep
+    """A busy server costs no query, and is not asked again without a pause."""
+    waits = []
+    sleep = evaluation.asyncio.sleep
 
-    async def note(seconds):
+    async def record_wait(seconds):
         waits.append(seconds)
         await sleep(0)
 
-    monkeypatch.setattr(evaluation.asyncio, "sleep", note)
+    monkeypatch.setattr(evaluation.asyncio, "sleep", record_wait)
     monkeypatch.setattr(evaluation.random, "uniform", lambda low, high: 1)
     failing = [429, 500, None]
     server = ChatServer(lambda asked, times: failing[times] if times < 3 else echo(asked, times))
@@ -112,7 +115,7 @@ def test_temporary_failures_are_retried_after_increasing_waits(ask, monkeypatch)
 
 
 def test_nothing_is_stored_if_the_server_stalls_or_is_absent(ask, monkeypatch):
-    """Catches zeros of a dead server that are stored as scores, or replace earlier answers."""
+    """The failures must not be stored as scores of zero or replace earlier answers."""
     ask("http://127.0.0.1:9", error="none of 12 queries was answered.*no connection to http")
     monkeypatch.setattr(evaluation, "REQUEST_TIMEOUT", 0.3)
     stalling = ChatServer(echo, delay=1)
@@ -126,10 +129,11 @@ def test_nothing_is_stored_if_the_server_stalls_or_is_absent(ask, monkeypatch):
 
 
 def test_connection_errors_are_retried(ask, monkeypatch):
-    """A server that restarts refuses connections for a while."""
+    """A server refuses connections for a while when it restarts."""
     import httpx2
 
-    post, refused = httpx2.AsyncClient.post, []
+    post = httpx2.AsyncClient.post
+    refused = []
 
     async def refuse_once(client, url, json):
         if json not in refused:
@@ -158,7 +162,7 @@ def test_requests_go_to_the_same_path_for_a_base_url_and_a_full_url(ask, path):
 
 @pytest.mark.parametrize("key", [None, "", "sk-mine"])
 def test_no_hugging_face_token_is_sent_to_a_server(ask, tmp_path, monkeypatch, key):
-    """Whatever the environment and the hub's token files hold."""
+    """Tokens in the environment and in the token files of the Hub are ignored."""
     monkeypatch.setenv("HF_HOME", str(tmp_path))
     monkeypatch.setenv("HF_TOKEN_PATH", str(tmp_path / "token"))
     (tmp_path / "token").write_text("hf_secret_file")
@@ -175,7 +179,7 @@ def test_no_hugging_face_token_is_sent_to_a_server(ask, tmp_path, monkeypatch, k
 
 
 def test_a_failed_query_is_counted_named_and_retried_on_resume(ask):
-    """A refusal is not repeated; --resume asks what failed, and only that."""
+    """A request with status 400 is not repeated. --resume sends only the failed queries."""
     broken = True
 
     def answer(asked, times):
@@ -196,7 +200,7 @@ def test_a_failed_query_is_counted_named_and_retried_on_resume(ask):
     assert metrics["scores"]["turn_right"]["value"] == 1 and metrics["failures"] == {}
 
 
-MESSAGES = [  # how servers report an error; what is printed
+MESSAGES = [  # status and body of an error; the message that is printed
     (400, {"error": {"message": "Too long", "type": "x"}}, "HTTP status 400: Too long"),
     (400, {"object": "error", "message": "Too long", "code": 40303}, "HTTP status 400: Too long"),
     (422, {"error": "Too long", "error_type": "validation"}, "HTTP status 422: Too long"),
@@ -236,7 +240,7 @@ def test_max_completion_tokens_is_used_if_a_server_requires_it(ask):
     server = ChatServer(answer)
     _, metrics = ask(server.url, "--concurrency", "2", "--max-new-tokens", "99")
     assert metrics["scores"]["turn_right"]["value"] == 1
-    assert len(server.requests) <= 14  # only the first ones are refused
+    assert len(server.requests) <= 14  # only the first requests are refused
     assert server.requests[-1]["max_completion_tokens"] == 99
 
 

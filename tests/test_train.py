@@ -1,4 +1,4 @@
-"""Step 2: what carries loss, what moves, what is written, and how runs end, resume and fail."""
+"""Tests of step 2: loss, weights, files, resuming, user mistakes, messages and hardware."""
 
 import errno
 import hashlib
@@ -47,16 +47,19 @@ CONVERSATION = [
 
 @pytest.fixture
 def build(tiny_model, splits, tmp_path):
-    """Make a trainer as a run of the script does, and how many conversations were dropped."""
+    """Build a trainer as the script does; return it with the number of dropped conversations."""
 
     def build(*flags, conversations=None):
         args = train.parse_args(["--model", str(tiny_model), *flags])
         rows, wording = train.read_split(splits / "function_calling_train.jsonl")
         model, tokenizer = train.load_model(tiny_model, torch.float32)
         template = train.make_template(wording, tokenizer, args.loss_on)
-        data = train.build_datasets(conversations or rows, tokenizer, template, args)
-        *data, num_dropped = data
-        trainer = train.build_trainer(model, tokenizer, *data, args, tmp_path / "run", "cpu")
+        training, validation, num_dropped = train.build_datasets(
+            conversations or rows, tokenizer, template, args
+        )
+        trainer = train.build_trainer(
+            model, tokenizer, training, validation, args, tmp_path / "run", "cpu"
+        )
         return trainer, num_dropped
 
     return build
@@ -135,7 +138,7 @@ def test_loss_and_gradients_equal_those_of_trl(build, num_labels):
     torch.testing.assert_close(*results, atol=1e-5, rtol=1e-5)
 
 
-# ---- What a run changes and writes
+# ---- Weights and files
 
 
 def test_training_changes_only_the_lora_weights(finished, tiny_model):
@@ -145,15 +148,23 @@ def test_training_changes_only_the_lora_weights(finished, tiny_model):
     assert before.keys() == {name for name in after if "lora" not in name}
     assert all(torch.equal(after[name], weight) for name, weight in before.items())
     lora = [weight for name, weight in after.items() if "lora_B" in name]
-    assert len(lora) == 14 and all(weight.any() for weight in lora)  # they begin at zero
+    assert len(lora) == 14 and all(weight.any() for weight in lora)  # they start at zero
 
 
 def test_the_adapter_contains_only_lora_weights_of_the_seven_projections(finished):
-    projections = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split()
+    projections = [
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "o_proj",
+        "gate_proj",
+        "up_proj",
+        "down_proj",
+    ]
     weights = load_file(finished.adapter / WEIGHTS)
     parts = [name.split(".")[4:] for name in weights]  # such as 0, mlp, up_proj, lora_A, weight
-    held = [(layer, projection, lora) for layer, _, projection, lora, _ in parts]
-    assert sorted(held) == sorted(itertools.product("01", projections, ["lora_A", "lora_B"]))
+    found = [(layer, projection, lora) for layer, _, projection, lora, _ in parts]
+    assert sorted(found) == sorted(itertools.product("01", projections, ["lora_A", "lora_B"]))
     assert {weight.dtype for weight in weights.values()} == {torch.float32}
 
 
@@ -174,7 +185,7 @@ def test_the_adapter_folder_is_complete_and_contains_no_pickle(finished, tiny_mo
     names |= {"generation_config.json", "loss.png", "training_run.json"}
     assert {path.name for path in finished.adapter.iterdir()} == names
     assert not finished.adapter.with_name(f"{finished.adapter.name}-checkpoints").exists()
-    for name in ("tokenizer.json", "tokenizer.model"):  # byte for byte the base model's
+    for name in ("tokenizer.json", "tokenizer.model"):  # the files of the base model
         for folder in (finished.adapter, finished.merged):
             assert (folder / name).read_bytes() == (tiny_model / name).read_bytes()
     config = json.loads((finished.adapter / "adapter_config.json").read_text())
@@ -182,7 +193,7 @@ def test_the_adapter_folder_is_complete_and_contains_no_pickle(finished, tiny_mo
     assert tiny_model.is_absolute()
     run = json.loads((finished.adapter / "training_run.json").read_text())
     losses = {e["step"]: e["eval_loss"] for e in run["log_history"] if "eval_loss" in e}
-    assert list(losses) == [3, 6, 9, 12]  # twice an epoch
+    assert list(losses) == [3, 6, 9, 12]  # two validations per epoch
     assert losses[run["best_step"]] == min(losses.values())
 
 
@@ -216,7 +227,7 @@ def test_the_same_seed_gives_the_same_bytes_and_a_different_seed_does_not(
     assert weights[0] == (finished.adapter / WEIGHTS).read_bytes() and weights[1] != weights[2]
 
 
-# ---- Runs that end early
+# ---- Killed runs and errors during training
 
 KILLED = """
 import os, signal
@@ -241,7 +252,7 @@ def test_a_killed_and_resumed_run_gives_the_same_adapter_bit_for_bit(
     process = subprocess.run(killed, cwd=tmp_path, env=environment, capture_output=True)
     checkpoints = tmp_path / "run-checkpoints"
     assert process.returncode == -9 and not list((tmp_path / "run").iterdir())
-    # As a kill while a checkpoint is written leaves it: all but trainer_state.json.
+    # A run that is killed while it writes a checkpoint leaves all files but trainer_state.json.
     cut_short = shutil.copytree(checkpoints / "checkpoint-6", checkpoints / "checkpoint-7")
     (cut_short / "trainer_state.json").unlink()
 
@@ -301,7 +312,7 @@ FAILURES = [
     (torch.OutOfMemoryError(FULL), ["memory ran out", *MEMORY_ADVICE]),
     (RuntimeError(CUBLAS), ["memory ran out", *MEMORY_ADVICE]),
     (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), MEMORY_ADVICE),
-    # As triton/runtime/build.py raises them, without a compiler and without Python.h
+    # Triton raises these errors without a compiler and without Python.h.
     (RuntimeError("Failed to find C compiler. Please specify via CC environment"), COMPILER),
     (subprocess.CalledProcessError(1, COMPILE), COMPILER),
     (RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64"), ["disk space"]),
@@ -358,7 +369,9 @@ def test_two_processes_give_the_same_losses_as_one(tiny_model, flags, tmp_path):
     launch += [ROOT / SCRIPT, *command, "two"]
     two = subprocess.run(launch, cwd=tmp_path, capture_output=True, text=True)
     assert two.returncode == 0 and two.stdout.count("Trained ") == 1, two.stderr
-    assert "destroy_process_group" not in two.stderr  # PyTorch's warning when it is left open
+    assert (
+        "destroy_process_group" not in two.stderr
+    )  # PyTorch warns if the process group is not destroyed
     one = run_here(SCRIPT, *command, "one", cwd=tmp_path)
     assert one.returncode == 0, one.stderr
     losses = losses_of(tmp_path / "one")
@@ -366,7 +379,7 @@ def test_two_processes_give_the_same_losses_as_one(tiny_model, flags, tmp_path):
     assert losses_of(tmp_path / "two") == pytest.approx(losses, abs=1e-4)
 
 
-# ---- Mistakes
+# ---- User mistakes
 
 
 WRONG_VALUES = [
@@ -395,7 +408,7 @@ def test_user_mistakes_print_one_line_and_the_corrected_command_works(tiny_model
         process = run_here(SCRIPT, flag, value, cwd=tmp_path)
         assert process.returncode == 2  # the last line, after the usage, names the flag
         assert f"error: argument {flag}: " in process.stderr.splitlines()[-1]
-    assert_refused("Run prepare_function_calling_dataset.py first")  # the scripts in wrong order
+    assert_refused("Run prepare_function_calling_dataset.py first")  # step 2 was run before step 1
     shutil.copytree(splits, split.parent)
     lines = split.read_text()
     openai_row = {"messages": [{"role": "user", "content": "Hi"}], "tools": [{"name": "f"}]}
@@ -403,26 +416,29 @@ def test_user_mistakes_print_one_line_and_the_corrected_command_works(tiny_model
         split.write_text(f"{lines}{line}\n")
         assert_refused("function_calling_train.jsonl, line 33")
     split.write_text(lines)
-    assert_refused("tiny-gemma")  # the model is neither here nor in the cache of the Hub
+    assert_refused("tiny-gemma")  # the model is neither a folder nor in the cache
     shutil.copytree(tiny_model, tmp_path / "tiny-gemma")
     assert_refused("--batch-size", flags=["--batch-size", "3"])
     assert_refused("--load-in-4bit needs a CUDA GPU", flags=["--load-in-4bit"])
     assert_refused("0 of 32 conversations", flags=["--max-length", "5"])
     assert_refused("pip install wandb", flags=["--report-to", "wandb"])
-    weights, config = tmp_path / "tiny-gemma/model.safetensors", tmp_path / "tiny-gemma/config.json"
-    whole, gemma = weights.read_bytes(), config.read_text()
-    weights.write_bytes(whole[:1000])
+    weights = tmp_path / "tiny-gemma/model.safetensors"
+    config = tmp_path / "tiny-gemma/config.json"
+    complete_weights = weights.read_bytes()
+    gemma_config = config.read_text()
+    weights.write_bytes(complete_weights[:1000])
     assert_refused("")
     weights.unlink()
-    torch.save({}, tmp_path / "tiny-gemma/pytorch_model.bin")  # a pickle is never read
+    torch.save({}, tmp_path / "tiny-gemma/pytorch_model.bin")  # pickles are never loaded
     assert_refused("tiny-gemma cannot be loaded", "safetensors")
-    weights.write_bytes(whole)
-    (tmp_path / "tiny-gemma/code.py").write_text("raise SystemError")  # nor is a model's own code
+    weights.write_bytes(complete_weights)
+    # The code of a model is never run.
+    (tmp_path / "tiny-gemma/code.py").write_text("raise SystemError")
     llama = {"model_type": "llama", "rope_parameters": None}
     llama["auto_map"] = {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}
-    config.write_text(json.dumps(json.loads(gemma) | llama))
+    config.write_text(json.dumps(json.loads(gemma_config) | llama))
     assert_refused("model type llama", "Only Gemma 3 text models")
-    config.write_text(gemma)
+    config.write_text(gemma_config)
     (tmp_path / "tiny-gemma/adapter_config.json").write_text("{}")
     assert_refused("is a LoRA adapter", "Pass its base model as --model")
     (tmp_path / "tiny-gemma/adapter_config.json").unlink()
@@ -431,7 +447,7 @@ def test_user_mistakes_print_one_line_and_the_corrected_command_works(tiny_model
     assert process.returncode == 0, process.stderr
 
 
-# ---- Folders, and runs that are stopped
+# ---- Output folders and stopped runs
 
 
 @pytest.mark.parametrize("folder", [".", "notes"])
@@ -545,7 +561,7 @@ def test_the_time_of_a_resumed_run_includes_the_time_before_the_interruption(bui
     assert trainer.state.log_history[-1]["seconds"] == pytest.approx(150.0, abs=5.0)
 
 
-# ---- What a run says
+# ---- Messages, plot and model card
 
 
 def test_the_next_commands_can_be_pasted_and_include_a_missing_baseline(
@@ -559,14 +575,16 @@ def test_the_next_commands_can_be_pasted_and_include_a_missing_baseline(
     process = run_here(SCRIPT, *command, cwd=tmp_path)
     common = "python evaluation.py --model 'tiny model'"
     test = "--test-file 'my data/function_calling_test.jsonl'"
-    tuned = f"{common} --adapter 'my run' {test}"
+    fine_tuned = f"{common} --adapter 'my run' {test}"
     baseline = f"python evaluation.py --baseline --model 'tiny model' {test}"
-    assert process.stdout.endswith(f"Next        {baseline}\n            {tuned}\n")
+    assert process.stdout.endswith(f"Next        {baseline}\n            {fine_tuned}\n")
     results = tmp_path / "evaluation_results/tiny model/baseline"
     results.mkdir(parents=True)
     (results / "metrics.json").write_text("{}")
     process = run_here(SCRIPT, *command, "--resume", cwd=tmp_path)
-    assert process.stdout.endswith(f"Next        {tuned}\n") and "baseline" not in process.stdout
+    assert (
+        process.stdout.endswith(f"Next        {fine_tuned}\n") and "baseline" not in process.stdout
+    )
     args = train.parse_args([])
     assert train.evaluation_command(args) == "python evaluation.py"
     args = train.parse_args(["--revision", "v1"])
@@ -624,14 +642,14 @@ def test_the_plot_marks_the_saved_checkpoint_and_shows_a_run_of_one_step(history
     star = lines.pop(f"saved: step 1, {best:.4f}")
     assert (list(star.get_xdata()), list(star.get_ydata())) == ([1], [best])
     assert list(lines) == ["training", "validation"]
-    assert all(line.get_marker() != "None" for line in lines.values())  # one point is visible
+    assert all(line.get_marker() != "None" for line in lines.values())  # a single point is visible
 
 
 def test_the_model_card_is_valid_for_the_hub_and_its_snippet_runs(finished, flags, capsys):
     card = (finished.adapter / "README.md").read_text()
     metadata = ModelCard(card).data
     assert metadata.license == "gemma" and metadata.library_name == "peft"
-    assert metadata.base_model is None  # a local folder has no hub id
+    assert metadata.base_model is None  # a local folder has no Hub id
     assert metadata.datasets is None and "Apache" not in card
     assert "Not evaluated yet." in card and "vllm serve" in card
     snippet = re.search("```python\n(.*?)```", card, re.DOTALL)[1]
@@ -653,7 +671,7 @@ def test_the_model_card_contains_the_license_of_the_published_data_and_the_score
     sha256 = hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest()
     score = {"value": 0.5, "n": 8, "interval": [0.25, 0.75]}
     unknown = {"value": None, "n": 0, "interval": None}
-    for label, weights in (("other", "0" * 64), ("tuned", sha256)):
+    for label, weights in (("other", "0" * 64), ("fine-tuned", sha256)):
         results = tmp_path / "evaluation_results" / tiny_model.name / label
         results.mkdir(parents=True)
         scores = {"function_calling": score | {"n": len(label)}, "valid_call": unknown}
@@ -669,20 +687,24 @@ def test_the_model_card_contains_the_license_of_the_published_data_and_the_score
     assert metadata.base_model == str(tiny_model) and metadata.license == "gemma"
     assert metadata.datasets == ["NousResearch/hermes-function-calling-v1"]
     assert "The training data is licensed under Apache-2.0." in card
-    assert "| function calling | 0.500 | 0.250, 0.750 | 5 |" in card  # not those of "other"
+    assert (
+        "| function calling | 0.500 | 0.250, 0.750 | 10 |" in card
+    )  # n differs between the two runs
     assert "valid call" not in card and 'adapter = "me/adapter"' in card
 
 
-# ---- The hardware
+# ---- Hardware
 
-MEASURED = {  # bytes that one layer keeps for a token: estimate_memory.py --measure
+# The number of layers, the bytes that one layer keeps for a token (measured by
+# estimate_memory.py --measure) and the bytes of the weights
+MEASURED = {
     ("270m", "bfloat16"): (18, 72_036, 0.54e9),
     ("270m", "float32"): (18, 101_900, 1.07e9),
     ("1b", "bfloat16"): (26, 155_108, 2.00e9),
     ("1b", "float32"): (26, 227_868, 4.00e9),
 }
 GPUS = [15.6e9, 23.6e9, 42.3e9, 47.6e9, 85.0e9]  # T4, L4, A100, L40S, A100 or H100
-# The cells of README's table: tokens of each of four conversations that are kept, or all 4,096
+# The longest conversations, in tokens and up to 4,096, of which four fit without checkpointing
 LONGEST = {
     ("270m", "bfloat16"): [2155, 3505, 4096, 4096, 4096],
     ("270m", "float32"): [1449, 2401, 4096, 4096, 4096],
@@ -698,7 +720,7 @@ CELLS = [
 
 @pytest.fixture
 def build_on_cuda(tiny_model, splits, tmp_path, monkeypatch):
-    """Build a trainer as on a GPU, from a model that says it has a given shape."""
+    """Build a trainer as on a GPU, for a tiny model whose configuration has a real shape."""
 
     def build(shape, dtype, memory, lengths, *flags):
         monkeypatch.setattr(train, "local_rank", lambda: 3)
@@ -733,7 +755,8 @@ def test_activations_are_recomputed_if_the_longest_batch_does_not_fit_the_gpu(
 ):
     num_layers, layer_bytes, weight_bytes = MEASURED[shape, dtype]
 
-    def needed(tokens):  # from the measurement, with 2 GB for all else
+    def needed(tokens):
+        """The measured bytes, and 2 GB for the rest."""
         return weight_bytes + 2e9 + num_layers * layer_bytes * 4 * tokens
 
     lengths = [7, length - 50, 9, 3]
@@ -744,7 +767,7 @@ def test_activations_are_recomputed_if_the_longest_batch_does_not_fit_the_gpu(
     if length < 4096:
         trainer, _ = build_on_cuda(shape, dtype, memory, [7, length + 50, 9, 3])
         assert trainer.args.activation_checkpointing
-        assert needed(length * 1.06) > 0.9 * memory  # the rule wastes little
+        assert needed(length * 1.06) > 0.9 * memory  # the estimate is not much too high
 
 
 def test_on_cuda_a_step_is_one_batch_and_trl_computes_the_loss(build_on_cuda):
