@@ -97,9 +97,8 @@ def test_the_gpu_report_runs_on_a_cpu():
         for title, text in sections.items()
     }
     agreement = rows["Loss and gradients against the CPU"]
-    assert (
-        len(agreement) == 3
-    )  # the reference, the same batch again, and one conversation at a time
+    # The reference, the same batch again, and one conversation at a time
+    assert len(agreement) == 3
     for _, loss, difference, error, cosine in agreement:
         assert float(loss) > 1 and float(difference) < 1e-5 and float(error) < 1e-4
         assert float(cosine) == pytest.approx(1, abs=1e-5)

@@ -316,9 +316,8 @@ def test_two_adapters_with_the_same_name_do_not_share_results(evaluate, finished
     assert read_files(results / "adapter-mine") == before
     compare = ["--compare-with", str(results / "adapter-mine")]
     evaluate("--limit", "1", *compare, "--name", "mine")
-    assert (
-        read_metrics(results / "mine")["difference"]["f1"]["value"] == 0
-    )  # the adapters are the same
+    difference = read_metrics(results / "mine")["difference"]
+    assert difference["f1"]["value"] == 0  # both adapters have the same weights
 
 
 KILLED = """

@@ -322,9 +322,8 @@ def test_a_mention_of_a_tag_is_not_read_as_a_block():
 
 
 def test_a_refusal_becomes_the_text_of_its_turn():
-    assert (
-        texts(ASK, {"role": "assistant", "content": None, "refusal": "I can't."})[1] == "I can't."
-    )
+    refusal = {"role": "assistant", "content": None, "refusal": "I can't."}
+    assert texts(ASK, refusal)[1] == "I can't."
 
 
 ANYTHING = [None, 7, [], {}, "x", [[]], [7], True, {"a": None}, [{"name": "f"}]]
@@ -751,9 +750,8 @@ def test_the_user_can_pass_a_test_set(tmp_path, capsys, monkeypatch):
     assert info["test"]["also_in_train"] == 1
     assert info["test_source"]["dataset"] == str(test) and info["test_source"]["rows_kept"] == 2
     printed = capsys.readouterr().out
-    assert (
-        f"Rows        2 loaded from {test}, 2 kept" in printed and "1 of the test conv" in printed
-    )
+    assert f"Rows        2 loaded from {test}, 2 kept" in printed
+    assert "1 of the test conv" in printed
     records, _ = run(train, tmp_path / "out", "--test-dataset", test, "--drop-duplicates")
     assert [record["id"] for record in records["test"]] == ["4"]
     folder = tmp_path / "folder"
