@@ -1,4 +1,4 @@
-"""The benchmarks run from start to end, at a size that says nothing of speed."""
+"""Tests of the benchmarks: each runs from start to end, with as little work as possible."""
 
 import json
 import subprocess
@@ -17,47 +17,56 @@ import ask_with_tools
 import gpu_report
 
 TRAINING = ("bench_training.py", ["--steps", "2"], ["published", "trl", "ours"])
-LITTLE = ["--conversations", "1", "--max-new-tokens", "8"]
-GENERATION = ("bench_generation.py", LITTLE, ["published", "ours"])
+GENERATION = (
+    "bench_generation.py",
+    ["--conversations", "1", "--max-new-tokens", "8"],
+    ["published", "ours"],
+)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("script, arguments, sides", [TRAINING, GENERATION])
-def test_a_benchmark_measures_every_side(script, arguments, sides, tmp_path):
+@pytest.mark.parametrize("script, arguments, variants", [TRAINING, GENERATION])
+def test_a_benchmark_measures_every_variant(script, arguments, variants, tmp_path):
     command = [sys.executable, ROOT / "tests/benchmarks" / script, "--model-shape", "tiny"]
     command += ["--threads", "1", *arguments]
     process = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=tmp_path)
     assert process.returncode == 0, process.stderr
     results = json.loads(process.stdout.splitlines()[-1])
-    assert list(results) == sides
+    assert list(results) == variants
     assert all(value > 0 for result in results.values() for value in result.values())
     assert "| peak memory (GB) |" in process.stdout
-    assert not list(tmp_path.iterdir())  # nothing is left behind
+    assert not list(tmp_path.iterdir())  # no files are left
 
 
-def test_what_a_program_sends_with_tools_is_rendered_as_the_text_that_is_trained_on():
-    wording = {"before_tools": prepare.BEFORE_TOOLS, "after_tools": prepare.AFTER_TOOLS}
-    wording["before_request"] = prepare.THINK_INSTRUCTION
+def test_the_chat_template_renders_openai_messages_and_tools_as_training_does():
+    wording = {
+        "before_tools": prepare.BEFORE_TOOLS,
+        "after_tools": prepare.AFTER_TOOLS,
+        "before_request": prepare.THINK_INSTRUCTION,
+    }
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "sample/tiny-gemma-3")
     tokenizer.chat_template = train.make_template(wording, tokenizer, "serving")
     for row in json.loads((ROOT / "sample/hermes_sample.json").read_text(encoding="utf-8"))[:200]:
-        row["conversations"] = row["conversations"][1:]  # so that step 1 writes the tools itself
+        row["conversations"] = row["conversations"][1:]  # without its tools
         row["conversations"].insert(0, {"from": "system", "value": "Be kind."})
         split = prepare.convert_row(row)
-        messages, tools = ask_with_tools.to_openai(split["messages"], wording), split["tools"]
+        messages = ask_with_tools.to_openai(split["messages"], wording)
+        tools = split["tools"]
         assert not [tag for tag in ("</tools>", "<tool_call>") if tag in json.dumps(messages)]
         assert tools == "[]" or messages[0] == {"role": "system", "content": "Be kind."}
         sent = tokenizer.apply_chat_template(messages, json.loads(tools), tokenize=False)
         assert sent == tokenizer.apply_chat_template(split["messages"], tokenize=False)
 
 
-def test_an_openai_client_counts_parsed_calls_and_its_answers_can_be_scored(tmp_path, splits):
+def test_the_openai_client_counts_parsed_calls_and_its_answers_can_be_scored(tmp_path, splits):
     pytest.importorskip("openai")
     call = {"id": "a", "type": "function", "function": {"name": "f", "arguments": "{}"}}
 
-    def answer(asked, _):  # calls a tool in each first turn that has one
-        is_call = "tools" in asked and len(asked["messages"]) == 1
-        return completion(None if is_call else "Hi", tool_calls=[call] if is_call else None)
+    def answer(asked, times):
+        """Call a tool in the first turn of each conversation that has tools."""
+        if "tools" in asked and len(asked["messages"]) == 1:
+            return completion(None, tool_calls=[call])
+        return completion("Hi")
 
     test_file = ["--test-file", splits / "function_calling_test.jsonl"]
     command = ["--server", ChatServer(answer).url, "--server-model", "m", *test_file]
@@ -88,7 +97,8 @@ def test_the_gpu_report_runs_on_a_cpu():
         for title, text in sections.items()
     }
     agreement = rows["Loss and gradients against the CPU"]
-    assert len(agreement) == 3  # the reference, the same again, one conversation at a time
+    # The reference, the same batch again, and one conversation at a time
+    assert len(agreement) == 3
     for _, loss, difference, error, cosine in agreement:
         assert float(loss) > 1 and float(difference) < 1e-5 and float(error) < 1e-4
         assert float(cosine) == pytest.approx(1, abs=1e-5)
@@ -96,24 +106,24 @@ def test_the_gpu_report_runs_on_a_cpu():
         ["tiny", "off", "4 x 32"],
         ["tiny", "on", "4 x 32"],
     ]
-    ((_, start, is_same, difference),) = rows["Kill and resume"]
-    assert start.startswith("checkpoint-") and is_same == "yes" and float(difference) == 0
+    ((_, start, is_identical, difference),) = rows["Kill and resume"]
+    assert start.startswith("checkpoint-") and is_identical == "yes" and float(difference) == 0
     assert sections["Four bits"].startswith("Not run: --load-in-4bit needs a CUDA GPU")
     assert sections["Two processes"].startswith("Not run: it needs two GPUs")
 
 
 @pytest.mark.slow
-def test_a_part_of_the_gpu_report_that_fails_does_not_stop_the_others(monkeypatch, capsys):
+def test_the_gpu_report_continues_after_a_part_that_fails(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [str(REPORT), "--only", "machine", "two-processes"])
     monkeypatch.setitem(gpu_report.PARTS, "machine", ("Machine", None))
     run = subprocess.run
 
-    def fail_first(command, **options):
+    def run_or_fail(command, **options):
         if command[command.index("--part") + 1] == "machine":
             command = [sys.executable, "-c", "print('half a table'); raise MemoryError('no room')"]
         return run(command, **options)
 
-    monkeypatch.setattr(gpu_report.subprocess, "run", fail_first)
+    monkeypatch.setattr(gpu_report.subprocess, "run", run_or_fail)
     with pytest.raises(SystemExit, match="1 of the parts failed: machine"):
         gpu_report.main()
     report = capsys.readouterr().out
@@ -121,7 +131,7 @@ def test_a_part_of_the_gpu_report_that_fails_does_not_stop_the_others(monkeypatc
     assert "Not run: it needs two GPUs" in report
 
 
-def test_the_tables_of_the_memory_estimate_are_printed():
+def test_the_memory_estimate_prints_a_row_per_model_and_precision():
     script = ROOT / "tests/benchmarks/estimate_memory.py"
     process = subprocess.run([sys.executable, script], capture_output=True, text=True)
     rows = [line.strip("| ").split(" | ") for line in process.stdout.splitlines()]
@@ -131,4 +141,4 @@ def test_the_tables_of_the_memory_estimate_are_printed():
         ["1b", "bfloat16"],
         ["1b", "float32"],
     ]
-    assert rows[4][2] == "2.0"  # a billion weights of two bytes
+    assert rows[4][2] == "2.0"  # GB: one billion weights of two bytes each

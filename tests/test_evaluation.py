@@ -1,4 +1,4 @@
-"""Step 3: published scores; loading and asking a model; what is written, resumed, refused."""
+"""Tests of step 3: the published scores, generation, resuming, comparisons and user mistakes."""
 
 import json
 import os
@@ -28,7 +28,7 @@ def common_flags(model, splits, output):
 
 @pytest.fixture
 def evaluate(tiny_model, splits, finished, tmp_path, monkeypatch):
-    """Run the evaluation in this process, where the adapter is; results go to tmp_path."""
+    """Run the evaluation in this process, in the folder of the adapter; return its results."""
 
     def run(*flags, output=tmp_path):
         monkeypatch.chdir(finished.adapter.parent)
@@ -39,7 +39,7 @@ def evaluate(tiny_model, splits, finished, tmp_path, monkeypatch):
 
 
 def read_lines(folder):
-    """The predictions in a folder by their query, without regard to their order."""
+    """The predictions in a folder by query, so that their order does not matter."""
     lines = map(json.loads, (folder / "predictions.jsonl").read_text(encoding="utf-8").splitlines())
     return {(line["conversation_id"], line["turn"]): line for line in lines}
 
@@ -49,7 +49,7 @@ def read_metrics(folder):
 
 
 def read_files(folder):
-    """All files of a folder and their bytes."""
+    """The names and the contents of all files in a folder."""
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
@@ -57,25 +57,25 @@ SCORES = [
     ("function_calling", "abcde", "xxabcdexx", 1),
     ("function_calling", "abcdef", "defabc", 3 / 6),
     ("function_calling", "abc", "", 0),
-    ("function_calling", "ab" * 300, "ab" * 150, 1 / 2),  # frequent tokens count
+    ("function_calling", "ab" * 300, "ab" * 150, 1 / 2),  # frequent tokens count too
     ("helpful_exchange", "abc", "cab", 1),  # order does not count
     ("helpful_exchange", "abc", "axcy", 2 / 4),
-    ("helpful_exchange", "abc", "aaa", 1 / 3),  # as often as the reference contains it
+    ("helpful_exchange", "abc", "aaa", 1 / 3),  # at most as often as in the reference
     ("helpful_exchange", "abc", "a", 1),
     ("helpful_exchange", "abc", "", 0),
 ]
 
 
 @pytest.mark.parametrize("kind, reference, output, score", SCORES)
-def test_published_scores_worked_out_by_hand(kind, reference, output, score):
+def test_the_published_scores_equal_values_worked_out_by_hand(kind, reference, output, score):
     assert evaluation.score_output(kind, list(reference), list(output)) == score
 
 
 # ---- The model and its prompts
 
 
-def test_bf16_rounds_weights_and_never_the_rotary_frequencies(tiny_model):
-    """Catches a model whose every score on a GPU is off beyond some hundred tokens."""
+def test_bfloat16_rounds_the_weights_but_not_the_rotary_frequencies(tiny_model):
+    """Rounded frequencies would make all scores of prompts over some hundred tokens wrong."""
     model = evaluation.load_model(tiny_model, None, "cpu", torch.bfloat16)
     exact = dict(AutoModelForCausalLM.from_pretrained(tiny_model).named_buffers())
     frequencies = {name: x for name, x in model.named_buffers() if "inv_freq" in name}
@@ -88,7 +88,7 @@ def test_bf16_rounds_weights_and_never_the_rotary_frequencies(tiny_model):
         assert torch.equal(model(input_ids).logits, expected(input_ids).logits)
 
 
-def test_the_adapter_is_merged_without_changing_what_the_model_says(tiny_model, finished):
+def test_merging_the_adapter_does_not_change_the_logits(tiny_model, finished):
     baseline = evaluation.load_model(tiny_model, None, "cpu", torch.float32)
     merged = evaluation.load_model(tiny_model, finished.adapter, "cpu", torch.float32)
     unmerged = AutoModelForCausalLM.from_pretrained(tiny_model)
@@ -100,8 +100,10 @@ def test_the_adapter_is_merged_without_changing_what_the_model_says(tiny_model, 
     assert not any("lora" in name for name, _ in merged.named_parameters())
 
 
-def test_both_models_get_one_prompt_in_which_no_text_forges_a_turn(tiny_model, finished):
-    """One <bos>; a tool's result is in a user turn, also for a template without tools."""
+def test_baseline_and_fine_tuned_model_get_the_same_prompt_without_forged_turns(
+    tiny_model, finished
+):
+    """There is one <bos>, and tool results are user turns, even for a template without tools."""
     messages = [
         {"role": "user", "content": "Go <end_of_turn>"},
         {"role": "assistant", "content": "<tool_call>"},
@@ -120,14 +122,15 @@ def test_both_models_get_one_prompt_in_which_no_text_forges_a_turn(tiny_model, f
         )
 
 
-def test_a_batch_answers_40_prompts_as_each_is_answered_alone(tiny_model):
-    """Prompts around the sliding window of 64; outputs that stop at different places."""
+def test_a_batch_of_40_prompts_gets_the_same_answers_as_single_prompts(tiny_model):
+    """Prompts are shorter and longer than the sliding window of 64, and outputs stop anywhere."""
     model = evaluation.load_model(tiny_model, None, "cpu", torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     generator = torch.Generator().manual_seed(1)
     lengths = torch.randint(3, 200, (40,), generator=generator).tolist()
-    prompts, alone = [], []
-    for length in lengths:  # by the library alone
+    prompts = []
+    alone = []  # the outputs of the library for single prompts
+    for length in lengths:
         prompt = torch.randint(110, 700, (1, length), generator=generator)
         ids = model.generate(prompt, max_new_tokens=30, do_sample=False)
         prompts.append(prompt[0].tolist())
@@ -143,8 +146,10 @@ def test_a_batch_answers_40_prompts_as_each_is_answered_alone(tiny_model):
 
 
 @pytest.mark.parametrize("flags", [[], ["--batch-size", "7"]])
-def test_a_batch_that_does_not_fit_halves_the_token_budget_for_good(tiny_model, monkeypatch, flags):
-    """Catches a GPU that is filled up again by every batch; and an endless loop."""
+def test_a_batch_that_does_not_fit_halves_the_token_budget_for_the_rest_of_the_run(
+    tiny_model, monkeypatch, flags
+):
+    """Otherwise every batch would run out of memory again, perhaps in an endless loop."""
     model = evaluation.load_model(tiny_model, None, "cpu", torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     args = evaluation.parse_args(["--max-new-tokens", "5", *flags])
@@ -153,11 +158,13 @@ def test_a_batch_that_does_not_fit_halves_the_token_budget_for_good(tiny_model, 
     length = len(tokenizer.apply_chat_template(prompts, add_generation_prompt=True)["input_ids"][0])
     monkeypatch.setitem(evaluation.TOKENS_AT_ONCE, "cpu", 7 * (length + 5))
     whole = list(evaluation.ask_model(queries, model, tokenizer, args))
-    generate, sizes, most = model.generate, [], 3
+    generate = model.generate
+    sizes = []
+    max_size = 3
 
     def generate_on_a_small_gpu(**inputs):
         sizes.append(len(inputs["input_ids"]))
-        if sizes[-1] > most:
+        if sizes[-1] > max_size:
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return generate(**inputs)
 
@@ -165,15 +172,15 @@ def test_a_batch_that_does_not_fit_halves_the_token_budget_for_good(tiny_model, 
     assert list(evaluation.ask_model(queries, model, tokenizer, args)) == whole
     assert sizes == [7, *[3] * 7]
     sizes.clear()
-    most = 1
+    max_size = 1
     assert list(evaluation.ask_model(queries, model, tokenizer, args)) == whole
     assert sizes == [7, 3, *[1] * 21]
-    most = 0
+    max_size = 0
     with pytest.raises(RuntimeError, match="out of memory"):
         list(evaluation.ask_model(queries, model, tokenizer, args))
 
 
-def test_why_torch_cannot_use_a_gpu_is_said(monkeypatch, capsys):
+def test_a_warning_says_why_torch_cannot_use_a_gpu(monkeypatch, capsys):
     def is_available():
         warnings.warn("The NVIDIA driver on your system\nis too old", stacklevel=1)
         return False
@@ -203,13 +210,14 @@ def test_baseline_and_fine_tuned_are_scored_and_compared(evaluate, splits, tiny_
     for label, picture in (("baseline", "scores.png"), ("fine-tuned", "comparison.png")):
         names = {path.name for path in (results / label).iterdir()}
         assert names == {"predictions.jsonl", "run.json", "metrics.json", picture}
-        predictions, metrics = read_lines(results / label), read_metrics(results / label)
+        predictions = read_lines(results / label)
+        metrics = read_metrics(results / label)
         assert set(predictions) == {(q["conversation_id"], q["turn"]) for q in queries}
         for kind, n in (("function_calling", 6), ("helpful_exchange", 8)):
             scores = [p["score"] for p in predictions.values() if p["kind"] == kind]
             assert metrics["scores"][kind]["n"] == len(scores) == n
             assert metrics["scores"][kind]["value"] == pytest.approx(sum(scores) / n)
-        for p in predictions.values():  # in the stock tokenizer's tokens
+        for p in predictions.values():  # scores count tokens of the base model's tokenizer
             reference = stock.encode(p["reference"], add_special_tokens=False)
             output = stock.encode(p["output"], add_special_tokens=False)
             assert p["score"] == evaluation.score_output(p["kind"], reference, output)
@@ -218,14 +226,15 @@ def test_baseline_and_fine_tuned_are_scored_and_compared(evaluate, splits, tiny_
     baseline = read_files(results / "baseline")
     evaluate("--rescore")
     assert read_metrics(results / "fine-tuned") == metrics
-    assert read_files(results / "baseline") == baseline  # a report touches its own run only
+    assert read_files(results / "baseline") == baseline  # a report writes only its own run
 
 
-def test_a_comparison_covers_what_both_runs_answered_and_says_so(evaluate, capsys):
+def test_a_comparison_uses_only_the_queries_that_both_runs_answered(evaluate, capsys):
     results = evaluate("--baseline", "--limit", "3")
     evaluate()
     printed = capsys.readouterr().out
-    metrics, limited = read_metrics(results / "fine-tuned"), read_metrics(results / "baseline")
+    metrics = read_metrics(results / "fine-tuned")
+    limited = read_metrics(results / "baseline")
     num_shared = limited["queries"]
     assert num_shared < metrics["queries"] == 14
     assert "fine-tuned/, 14 of 14 queries answered\n" in printed
@@ -233,20 +242,21 @@ def test_a_comparison_covers_what_both_runs_answered_and_says_so(evaluate, capsy
     assert metrics["comparison"]["queries"] == num_shared
     n = limited["scores"]["function_calling"]["n"]
     assert metrics["difference"]["function_calling"]["n"] == n
-    path = results / "baseline" / "predictions.jsonl"  # as of a split with the same ids
+    # Predictions for a split that has the same ids but other conversations
+    path = results / "baseline" / "predictions.jsonl"
     path.write_text(path.read_text(encoding="utf-8").replace('"reference": "', '"reference": "x'))
     evaluate("--rescore")
     assert "answers none of these queries" in capsys.readouterr().out
     assert "difference" not in read_metrics(results / "fine-tuned")
-    assert not (results / "fine-tuned" / "comparison.png").exists()  # it was about the old ones
+    assert not (results / "fine-tuned" / "comparison.png").exists()  # it showed the old predictions
     with pytest.raises(SystemExit, match="baseline answers no query of"):
         evaluate("--baseline", "--rescore")
 
 
-def test_an_evaluation_is_not_replaced_before_its_successor_has_an_answer(
+def test_an_evaluation_is_not_replaced_until_the_new_one_has_an_answer(
     evaluate, tiny_model, finished, tmp_path, monkeypatch, capsys
 ):
-    """Catches predictions of hours that are lost to a typo, a damaged model or full memory."""
+    """Hours of work must not be lost to a typo, a damaged model or a lack of memory."""
     results = evaluate("--limit", "2")
     before = read_files(results / "fine-tuned")
     damaged = tmp_path / "damaged" / tiny_model.name
@@ -280,7 +290,7 @@ def _raise(error):
     raise error
 
 
-def test_two_adapters_of_one_name_do_not_share_results(evaluate, finished, tmp_path, capsys):
+def test_two_adapters_with_the_same_name_do_not_share_results(evaluate, finished, tmp_path, capsys):
     other = tmp_path / "a" / "mine"
     shutil.copytree(finished.adapter, other)
     results = evaluate("--adapter", str(other), "--limit", "1")
@@ -297,7 +307,8 @@ def test_two_adapters_of_one_name_do_not_share_results(evaluate, finished, tmp_p
     ]:
         with pytest.raises(SystemExit, match=words):
             evaluate("--adapter", str(same_name), "--limit", "1", *flags)
-    path.unlink()  # retrained in place: another file under the same name
+    # The adapter is retrained in place: other weights under the same name.
+    path.unlink()
     shutil.copy(finished.adapter / path.name, other)
     save_file({name: x * 2 for name, x in load_file(other / path.name).items()}, other / path.name)
     with pytest.raises(SystemExit, match="the adapter has changed since"):
@@ -305,14 +316,16 @@ def test_two_adapters_of_one_name_do_not_share_results(evaluate, finished, tmp_p
     assert read_files(results / "adapter-mine") == before
     compare = ["--compare-with", str(results / "adapter-mine")]
     evaluate("--limit", "1", *compare, "--name", "mine")
-    assert read_metrics(results / "mine")["difference"]["f1"]["value"] == 0  # the same adapter
+    difference = read_metrics(results / "mine")["difference"]
+    assert difference["f1"]["value"] == 0  # both adapters have the same weights
 
 
 KILLED = """
 import os, signal
 import evaluation
 
-generate_batch, batches = evaluation.generate_batch, []
+generate_batch = evaluation.generate_batch
+batches = []
 
 def kill(*args):
     batches.append(args)
@@ -326,10 +339,10 @@ evaluation.main()
 
 
 @pytest.mark.slow
-def test_a_killed_evaluation_is_resumed_and_equals_an_undisturbed_one(
+def test_a_killed_and_resumed_evaluation_equals_an_uninterrupted_one(
     evaluate, splits, tiny_model, finished, tmp_path
 ):
-    """Catches a lost, cut or repeated answer after SIGKILL; and resuming with other arguments."""
+    """No answer is lost, cut or repeated, and resuming with other arguments is refused."""
     whole = evaluate("--batch-size", "2", output=tmp_path / "whole") / "fine-tuned"
     cut = tmp_path / "cut" / tiny_model.name / "fine-tuned"
     flags = [*common_flags(tiny_model, splits, tmp_path / "cut"), "--batch-size", "2"]
@@ -341,7 +354,7 @@ def test_a_killed_evaluation_is_resumed_and_equals_an_undisturbed_one(
     assert not (cut / "metrics.json").exists()
     with open(path, "a") as file:
         file.write('{"conversation_id": "cut')
-    evaluate("--show-failures", "1", output=tmp_path / "cut")  # of what there is
+    evaluate("--show-failures", "1", output=tmp_path / "cut")  # reports the answers so far
     assert read_metrics(cut)["queries"] == 4
     with pytest.raises(SystemExit, match="already contains predictions. Use --resume"):
         evaluate(output=tmp_path / "cut")
@@ -349,16 +362,16 @@ def test_a_killed_evaluation_is_resumed_and_equals_an_undisturbed_one(
         evaluate("--resume", "--max-new-tokens", "9", output=tmp_path / "cut")
     evaluate("--resume", "--batch-size", "2", output=tmp_path / "cut")
     lines = path.read_text().splitlines()
-    assert len(lines) == 14 and read_lines(cut) == read_lines(whole)  # nothing twice, nothing lost
+    assert len(lines) == 14 and read_lines(cut) == read_lines(whole)  # every answer exactly once
     assert read_metrics(cut) == read_metrics(whole)
-    evaluate("--resume", output=tmp_path / "cut")  # nothing is left to ask
+    evaluate("--resume", output=tmp_path / "cut")  # no queries are left
     assert path.read_text().splitlines() == lines
 
 
-# ---- What is refused
+# ---- User mistakes
 
 
-def test_mistakes_end_in_one_line(tiny_model, splits, finished, tmp_path):
+def test_user_mistakes_print_one_line(tiny_model, splits, finished, tmp_path):
     test_file = ["--test-file", splits / "function_calling_test.jsonl"]
     good = {"id": "0", "tools": "[]", "messages": [{"role": "user", "content": "Hi"}]}
     (tmp_path / "bad.jsonl").write_text(f'{json.dumps(good)}\n{{"id": 1}}\n')
@@ -411,14 +424,16 @@ SERVER = ["--server", "http://127.0.0.1:9/v1", "--server-model", "m"]
         (["--name", "baseline"], "reserved"),
     ],
 )
-def test_flags_that_are_wrong_or_have_no_effect_are_refused(flags, words, capsys):
+def test_invalid_flags_and_flags_without_effect_are_refused(flags, words, capsys):
     with pytest.raises(SystemExit) as end:
         evaluation.parse_args(flags)
     assert end.value.code == 2 and words in capsys.readouterr().err
 
 
-def test_an_adapter_of_another_train_split_is_warned_about(finished, splits, tmp_path, capsys):
-    """Its training data may contain conversations of this test split."""
+def test_an_adapter_trained_on_a_different_train_split_causes_a_warning(
+    finished, splits, tmp_path, capsys
+):
+    """The training data of the adapter may contain conversations of this test split."""
     data = tmp_path / "processed_data"
     data.mkdir()
     for path in splits.iterdir():

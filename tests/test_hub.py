@@ -1,4 +1,4 @@
-"""The hub path for real: the scripts against a hub on the loopback interface."""
+"""Tests of the scripts with a local server that implements the API of the Hub."""
 
 import json
 from pathlib import Path
@@ -14,12 +14,13 @@ from servers import COMMIT, Hub
 DATASET = ("datasets", "NousResearch/hermes-function-calling-v1")
 MODEL = ("models", "google/gemma-3-1b-it")
 ADAPTER = "LoRA_gemma-3-1b-it-function_calling"
-PREPARE, TRAIN = "prepare_function_calling_dataset.py", "function_calling_train.py"
+PREPARE = "prepare_function_calling_dataset.py"
+TRAIN = "function_calling_train.py"
 
 
 @pytest.fixture
 def hub(tmp_path, tiny_model):
-    """A hub with the two default repositories."""
+    """A Hub with the default dataset and the default model."""
     folder = tmp_path / "dataset"
     folder.mkdir()
     (folder / "glaive.json").write_text(json.dumps([make_row(number) for number in range(40)]))
@@ -33,8 +34,9 @@ def hub(tmp_path, tiny_model):
 
 @pytest.fixture
 def run(hub, tmp_path, monkeypatch):
-    """Run a script in an empty folder, `work`, with this hub; step 2 in this process."""
-    work, cache = tmp_path / "work", tmp_path / "cache"
+    """Run a script with this Hub in the empty folder run.work. Step 2 runs in this process."""
+    work = tmp_path / "work"
+    cache = tmp_path / "cache"
     work.mkdir()
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache / "hub"))
@@ -53,7 +55,7 @@ def run(hub, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_scripts_with_no_flags_and_then_without_a_network(hub, run):
+def test_the_scripts_run_without_flags_and_then_without_a_network(hub, run):
     for script in (PREPARE, TRAIN):
         process = run(script)
         assert process.returncode == 0 and not process.stderr, process.stderr
@@ -70,7 +72,9 @@ def test_the_scripts_with_no_flags_and_then_without_a_network(hub, run):
     assert len(hub.requests) == num_requests
 
 
-def test_nothing_is_uploaded_unasked_and_a_token_is_nowhere_written(hub, run, splits, monkeypatch):
+def test_nothing_is_uploaded_without_push_to_hub_and_no_token_is_written_to_a_file(
+    hub, run, splits, monkeypatch
+):
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     api = create_autospec(huggingface_hub.HfApi)
     api().create_repo.return_value.repo_id = "me/adapter"  # the Hub adds the user's name
@@ -103,7 +107,7 @@ SCRIPTS = [
 
 
 @pytest.mark.parametrize("script, repo, what, no_network", SCRIPTS)
-def test_gated_absent_and_offline_are_one_line_each_that_says_what_to_do(
+def test_gated_absent_and_unreachable_repositories_print_one_line_of_advice(
     hub, run, splits, tiny_model, script, repo, what, no_network
 ):
     split = splits / "function_calling_train.jsonl"
@@ -122,7 +126,7 @@ def test_gated_absent_and_offline_are_one_line_each_that_says_what_to_do(
     assert_fails_in_one_line(gated, page, "run `hf auth login`", "run this command again")
     if script == TRAIN:
         assert_fails_in_one_line(gated, f"Open the model's page {page}, accept the license")
-    hub.url = "http://127.0.0.1:9"  # where nobody listens
+    hub.url = "http://127.0.0.1:9"  # where no server listens
     assert_fails_in_one_line(run(*command), "network connection" if script == TRAIN else no_network)
     if script == TRAIN:
         upload = run(*command, what, tiny_model, "--push-to-hub", "me/adapter")
@@ -130,7 +134,7 @@ def test_gated_absent_and_offline_are_one_line_each_that_says_what_to_do(
     assert not list(run.work.iterdir())
 
 
-# ---- Step 3: the models and adapters that it downloads
+# ---- Models and adapters that step 3 downloads
 
 EVALUATE = "evaluation.py"
 ADAPTER_REPO = ("models", "me/adapter")
@@ -138,7 +142,7 @@ ADAPTER_REPO = ("models", "me/adapter")
 
 @pytest.fixture
 def evaluate(hub, run, splits, monkeypatch):
-    """Run step 3 in this process against the Hub, on the test split of the fixture."""
+    """Run step 3 with this Hub in this process, on one test conversation."""
 
     def evaluate(*flags, offline=False, cache="cache"):
         files = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
@@ -153,10 +157,10 @@ def evaluate(hub, run, splits, monkeypatch):
 
 
 @pytest.mark.parametrize("repo, flags", [(MODEL, ["--baseline"]), (ADAPTER_REPO, ["--adapter"])])
-def test_step_3_says_what_to_do_about_gated_absent_and_unreachable_repositories(
+def test_step_3_prints_one_line_of_advice_about_a_repository_it_cannot_read(
     hub, run, evaluate, tiny_model, repo, flags
 ):
-    """The first error that nearly every user meets; for the model and for the adapter alike."""
+    """A gated model is the first error of most users. Models and adapters are treated alike."""
     if repo == ADAPTER_REPO:
         hub.repos[repo] = tiny_model
         flags = ["--model", tiny_model, "--adapter"]
@@ -180,7 +184,7 @@ def test_step_3_says_what_to_do_about_gated_absent_and_unreachable_repositories(
     assert not list(run.work.iterdir())
 
 
-def test_a_typo_in_the_path_of_an_adapter_is_one_line(evaluate, run, tiny_model):
+def test_a_typo_in_the_path_of_an_adapter_prints_one_line(evaluate, run, tiny_model):
     for typo in ("LoRA_typo", "runs/a/LoRA_typo", "./LoRA_typo"):
         process = evaluate("--model", tiny_model, "--adapter", typo)
         assert_fails_in_one_line(process, f"{typo} is neither a local folder nor")

@@ -1,4 +1,4 @@
-"""Step 3: which calls can be read, which are right, which fit their tools; counts and intervals."""
+"""Tests of step 3: reading and judging calls, counts, confidence intervals and comparisons."""
 
 import hashlib
 import json
@@ -39,7 +39,7 @@ def judge(reference, output, finish_reason="end_of_turn", tools=()):
 
 
 def problems_of(schema, **arguments):
-    """What is found against a call of f, whose parameters are declared so."""
+    """The problems of a call of f, whose parameters have this schema."""
     tools = [{"name": "f", "parameters": schema}]
     return judge("No.", call("f", **arguments), tools=tools)["problems"][0]
 
@@ -72,7 +72,7 @@ FAULTY_CALLS += [f'{{"name": "f", "arguments": {given}}}' for given in ("[1]", '
 
 
 @pytest.mark.parametrize("text", FAULTY_TAGS + [tagged(faulty) for faulty in FAULTY_CALLS])
-def test_anything_else_is_malformed(text):
+def test_any_other_call_is_malformed(text):
     for output in (text, call("f") + text):
         assert evaluation.parse_calls(output) is None
         assert judge(call("f"), output)["failure"] == "malformed"
@@ -80,8 +80,8 @@ def test_anything_else_is_malformed(text):
 
 
 @pytest.mark.parametrize("depth", [50, *range(970, 1000), 100_000])
-def test_nesting_of_any_depth_is_judged_in_output_and_reference(depth):
-    """Catches a RecursionError that ends an evaluation of thousands of queries."""
+def test_arguments_nested_to_any_depth_are_judged(depth):
+    """A RecursionError would end an evaluation of thousands of queries."""
     for value in ("[" * depth + "]" * depth, '{"a": ' * depth + "1" + "}" * depth):
         text = tagged(f'{{"name": "f", "arguments": {{"a": {value}}}}}')
         verdict = judge(text, text, tools=[make_tool("f", "a")])
@@ -95,32 +95,38 @@ PIECES = "<tool_call>|<tool_call></tool_call>|[|{'a':|<|-|1+|<tool_call>{|not |x
 
 
 @pytest.mark.parametrize("piece", PIECES.split("|"))
-def test_a_megabyte_of_rubbish_is_read_in_seconds(piece):
+def test_a_megabyte_of_malformed_output_is_read_in_seconds(piece):
     text = piece * (1_000_000 // len(piece))
     for output in (text, tagged(text)):
         start = time.process_time()
         judge(call("f"), output)
-        assert time.process_time() - start < 3  # a third of it on an idle machine
+        assert time.process_time() - start < 3  # takes about one second on an idle machine
 
 
 @given(st.text() | st.text(alphabet="<tool_call>/{}[]'\":, \n\0\ud8001eE.-"))
-def test_no_string_whatsoever_raises(text):
+def test_no_output_raises_an_exception(text):
     for output in (text, tagged(text), tagged(f'{{"name": "f", "arguments": {text}}}')):
         judge(call("f", a=1), output, tools=[make_tool("f", "a")])
         judge(output, output)
 
 
-# ---- Right and wrong
+# ---- Comparing calls with references
 
 
-AGAINST_ONE_CALL = [  # output; name, arguments and whole turn right; failure
-    (call("f", b="x", a=1.0), True, True, True, None),  # free order of keys; 1 equals 1.0
+AGAINST_ONE_CALL = [  # output; whether name, arguments and whole turn are right; failure
+    (call("f", b="x", a=1.0), True, True, True, None),  # keys in any order; 1 equals 1.0
     ("Of course: " + call("f", a=1, b="x"), True, True, True, None),
     (call("f", a=True, b="x"), True, False, False, "wrong_arguments"),  # true is not 1
     (call("f", a="1", b="x"), True, False, False, "wrong_arguments"),
-    (call("f", a=1, b="X"), True, False, False, "wrong_arguments"),  # strings to the letter
+    (call("f", a=1, b="X"), True, False, False, "wrong_arguments"),  # strings must match exactly
     (call("f", a=1), True, False, False, "wrong_arguments"),
-    (call("f", a=1, b="x", c=None), True, False, False, "wrong_arguments"),  # also optional ones
+    (
+        call("f", a=1, b="x", c=None),
+        True,
+        False,
+        False,
+        "wrong_arguments",
+    ),  # optional arguments too
     (call("g", a=1, b="x"), False, True, False, "wrong_function"),
     (call("f", a=1, b="x") * 2, False, False, False, "wrong_count"),
     ("", False, False, False, "no_call"),
@@ -129,7 +135,7 @@ AGAINST_ONE_CALL = [  # output; name, arguments and whole turn right; failure
 
 
 @pytest.mark.parametrize("output, name, arguments, whole, failure", AGAINST_ONE_CALL)
-def test_a_call_against_its_reference(output, name, arguments, whole, failure):
+def test_a_call_is_compared_with_its_reference(output, name, arguments, whole, failure):
     verdict = judge(call("f", a=1, b="x"), output)
     keys = ("name_right", "arguments_right", "turn_right")
     assert [verdict["counts"][key][0] for key in keys] == [name, arguments, whole]
@@ -137,9 +143,10 @@ def test_a_call_against_its_reference(output, name, arguments, whole, failure):
 
 
 FINISHED = ["stop", "eos", "eos_token", "end", "end_turn", "function_call", "content_filter", None]
-END, CUT = "end_of_turn", "max_new_tokens"
+END = "end_of_turn"
+CUT = "max_new_tokens"
 FAILURES = [
-    (call(a=2**53 + 1), call(a=2**53), END, "wrong_arguments"),  # ids are no floats
+    (call(a=2**53 + 1), call(a=2**53), END, "wrong_arguments"),  # these are equal as floats
     (call(a={"b": [1, {"c": [True]}]}), call(a={"b": [1.0, {"c": [True]}]}), END, None),
     (call(a=[1, 2]), call(a=[2, 1]), END, "wrong_arguments"),
     (call("f") + call("g", b=2), call("g", b=2) + call("f"), END, None),
@@ -160,7 +167,7 @@ FAILURES = [
 
 
 @pytest.mark.parametrize("reference, output, finish_reason, failure", FAILURES)
-def test_each_failure_has_one_class(reference, output, finish_reason, failure):
+def test_each_failure_is_assigned_to_one_class(reference, output, finish_reason, failure):
     verdict = judge(reference, output, finish_reason)
     assert verdict["failure"] == failure
     assert ("turn_right" in verdict["counts"]) == ("tool_call" in reference)
@@ -182,17 +189,17 @@ AGAINST_TOOLS = [
 
 
 @pytest.mark.parametrize("output, problems", AGAINST_TOOLS)
-def test_a_call_is_held_against_the_declared_tools(output, problems):
+def test_a_call_is_checked_against_the_declared_tools(output, problems):
     assert judge("No.", output, tools=[BOOK])["problems"] == [problems]
 
 
-def test_parameters_null_or_absent_mean_a_function_without_arguments():
+def test_a_function_with_null_or_absent_parameters_takes_no_arguments():
     for tool in ({"name": "f"}, {"name": "f", "parameters": None}, {"name": "f", "parameters": {}}):
         assert judge("No.", call("f"), tools=[tool])["problems"] == [[]]
         assert judge("No.", call("f", a=1), tools=[tool])["problems"] == [["argument not declared"]]
 
 
-DIALECTS = [  # declared, right, wrong
+DIALECTS = [  # declared schema, right value, wrong value
     ({"type": "dict"}, {"undeclared": 2}, [1]),
     ({"type": "float"}, 1.5, "1.5"),
     ({"type": "STRING"}, "x", 1),
@@ -215,8 +222,8 @@ DIALECTS = [  # declared, right, wrong
 
 
 @pytest.mark.parametrize("declared, right, wrong", DIALECTS)
-def test_dialects_are_read_as_the_json_schema_they_mean(declared, right, wrong):
-    """`wrong` shows that the rest of the schema is still checked; nested objects are open."""
+def test_dialects_of_json_schema_are_converted_to_the_standard(declared, right, wrong):
+    """The wrong values show that the schema is still checked. Nested objects accept any key."""
     schema = {"type": "dict", "properties": {"a": declared}, "required": None}
     assert problems_of(schema, a=right) == []
     assert problems_of(schema, a=wrong) == ["wrong type"]
@@ -239,7 +246,7 @@ DECLARATIONS = [
 
 
 @pytest.mark.parametrize("declaration", DECLARATIONS)
-def test_a_schema_is_found_where_anthropic_mcp_gemini_and_xlam_have_it(declaration):
+def test_a_schema_is_found_under_the_keys_of_anthropic_mcp_gemini_and_xlam(declaration):
     for arguments, problems in [
         ({"city": "Oslo", "nights": 2}, []),
         ({"city": 1}, ["wrong type"]),
@@ -250,8 +257,8 @@ def test_a_schema_is_found_where_anthropic_mcp_gemini_and_xlam_have_it(declarati
         assert verdict["problems"] == [problems]
 
 
-def test_flat_parameters_may_have_the_names_of_keywords():
-    """Catches an argument called type, title or items that is taken for a keyword."""
+def test_flat_parameters_may_be_named_like_keywords_of_json_schema():
+    """An argument named type, title or items must not be read as a keyword."""
     flat = {name: {"type": "str"} for name in ("type", "title", "items", "format", "required")}
     tools = [{"name": "f", "parameters": flat}]
     assert judge("No.", call("f", type="a", items="b"), tools=tools)["problems"] == [[]]
@@ -259,7 +266,7 @@ def test_flat_parameters_may_have_the_names_of_keywords():
 
 
 def judge_file(tmp_path, predictions, tools_of, seen_tools):
-    """The report on predictions, whose conversations declare these tools."""
+    """The report on predictions. `tools_of` maps conversation ids to declared tools."""
     path = write_rows(tmp_path / "predictions.jsonl", predictions)
     queries = [{**p, "tools": json.dumps(tools_of[p["conversation_id"]])} for p in predictions]
     judged = evaluation.judge_predictions(path, queries, seen_tools)
@@ -271,7 +278,7 @@ UNREADABLE += [{"$ref": "#/nowhere"}, {"properties": {"a": {"$ref": "#/propertie
 
 
 @pytest.mark.parametrize("schema", UNREADABLE)
-def test_a_schema_that_cannot_be_read_leaves_the_call_out_and_is_counted(schema, tmp_path):
+def test_a_call_with_an_unreadable_schema_is_left_out_and_counted(schema, tmp_path):
     tools = [{"name": "f", "parameters": schema}, BOOK]
     predictions = [predict("No.", call("f", a=1)), predict("No.", call("book", city=1), turn=3)]
     report = judge_file(tmp_path, predictions, {"1": tools}, None)
@@ -280,9 +287,10 @@ def test_a_schema_that_cannot_be_read_leaves_the_call_out_and_is_counted(schema,
 
 
 @pytest.mark.parametrize("text", [None, '"[]"', "3", "[3]", "[{", '[{"function": "f"}]'])
-def test_calls_of_a_row_whose_tools_cannot_be_read_are_left_out_and_counted(text, tmp_path):
-    """Catches right calls that count as calls of an unknown function."""
-    right, unknown = call("book", city="Oslo"), call("fly")
+def test_calls_in_a_row_with_unreadable_tools_are_left_out_and_counted(text, tmp_path):
+    """Otherwise right calls would count as calls of unknown functions."""
+    right = call("book", city="Oslo")
+    unknown = call("fly")
     predictions = [predict(right, right), predict(right, unknown, conversation_id="2")]
     path = write_rows(tmp_path / "predictions.jsonl", predictions)
     tools_of = {"1": text, "2": json.dumps([BOOK])}
@@ -295,7 +303,8 @@ def test_calls_of_a_row_whose_tools_cannot_be_read_are_left_out_and_counted(text
     assert report["scores"]["turn_right"]["value"] == 1 / 2
 
 
-A, B = {"properties": {"a": {}}}, {"properties": {"b": {}}}
+A = {"properties": {"a": {}}}
+B = {"properties": {"b": {}}}
 BRANCHED = [{key: [A, B]} for key in ("allOf", "anyOf", "oneOf")] + [
     {"if": {"properties": {"a": {"const": 1}}}, "then": B},
     {**A, "dependentSchemas": {"a": B}},
@@ -311,8 +320,8 @@ def test_an_argument_is_declared_if_any_branch_declares_it():
         assert problems_of({"properties": {}, **extra}, c=3) == []
 
 
-def test_a_hostile_schema_is_judged_or_given_up_within_a_second():
-    """Catches a data set that stops the evaluation for ever."""
+def test_a_hostile_schema_is_checked_or_abandoned_within_a_second():
+    """Otherwise a dataset could stop the evaluation forever."""
     bomb = {f"d{n}": {"allOf": [{"$ref": f"#/$defs/d{n + 1}"}] * 10} for n in range(30)}
     draft7 = {"$schema": "http://json-schema.org/draft-07/schema#"}
     regex = {"type": "string", "pattern": r"^(\w+\s?)*$"}
@@ -332,7 +341,7 @@ def test_a_hostile_schema_is_judged_or_given_up_within_a_second():
             assert time.process_time() - start < 1, schema
 
 
-def test_a_reference_in_a_declaration_is_never_fetched():
+def test_a_remote_reference_in_a_schema_is_never_fetched():
     hub = Hub()
     assert problems_of({"$ref": f"{hub.url}/schema"}, a=1) is None
     problems_of({"$id": f"{hub.url}/", "$ref": "#x"}, a=1)
@@ -342,7 +351,8 @@ def test_a_reference_in_a_declaration_is_never_fetched():
 # ---- Counts and intervals
 
 
-LIMA, ROME = call("book", city="Lima"), call("fly", to="Rome")
+LIMA = call("book", city="Lima")
+ROME = call("fly", to="Rome")
 PREDICTIONS = [
     predict(LIMA, LIMA, conversation_id="1", turn=1),
     predict("Done.", "Done.", conversation_id="1", turn=3),
@@ -357,7 +367,7 @@ FLY = [make_tool("fly", "to")]
 TOOLS_OF = {"1": [BOOK], "2": [BOOK], "3": FLY, "4": FLY, "5": []}
 
 
-def test_the_report_counts_what_was_worked_out_by_hand(tmp_path):
+def test_the_counts_in_the_report_equal_values_worked_out_by_hand(tmp_path):
     report = judge_file(tmp_path, PREDICTIONS, TOOLS_OF, seen_tools={"book"})
     failures = {"no_call": 1, "unneeded_call": 1, "malformed": 2, "wrong_arguments": 1}
     assert report["queries"] == 8 and report["failures"] == failures
@@ -371,7 +381,7 @@ def test_the_report_counts_what_was_worked_out_by_hand(tmp_path):
         "arguments_right": (1 / 4, 4),
         "turn_right": (1 / 4, 4),
         "valid_call": (3 / 4, 4),
-        "precision": (2 / 5, 5),  # of five attempts (three calls, two malformed) two were due
+        "precision": (2 / 5, 5),  # two of five attempts (three calls, two malformed) were needed
         "recall": (2 / 4, 4),
         "f1": (4 / 9, 9),
         "turn_right_seen_tools": (1 / 2, 2),
@@ -388,40 +398,41 @@ def test_the_report_counts_what_was_worked_out_by_hand(tmp_path):
 
 
 def make_turns(metric, outcomes, turns_each=1):
-    """Turns of conversations, all of which come out as their conversation does."""
+    """Turns of conversations. All turns of a conversation have the same outcome."""
     turns = []
     for number, outcome in enumerate(outcomes):
         turns += [{"conversation_id": number, "counts": {metric: (outcome, 1)}}] * turns_each
     return turns
 
 
-def test_intervals_resample_conversations_not_turns():
-    """Against the normal approximation, where the ten turns of a conversation are all alike."""
+def test_confidence_intervals_resample_conversations_instead_of_turns():
+    """All ten turns of a conversation are alike, so the normal approximation has n = 400."""
     coins = numpy.random.default_rng(5).random(400) < 0.3
     turns = make_turns("turn_right", coins, 10)
     entry = evaluation.estimate(turns)["turn_right"]
-    mean, half = coins.mean(), 1.96 * coins.std() / 400**0.5  # by turns sqrt(10) times narrower
+    mean = coins.mean()
+    half = 1.96 * coins.std() / 400**0.5  # resampled turns would give half / sqrt(10)
     assert entry["value"] == pytest.approx(mean) and entry["n"] == 4000
     assert entry["interval"] == pytest.approx([mean - half, mean + half], abs=0.1 * half)
 
 
-def test_the_difference_is_paired():
-    """It is narrower than what the two intervals suggest, for the two models agree on most."""
+def test_the_confidence_interval_of_the_difference_is_paired():
+    """The models agree on most conversations, so the interval of their difference is narrow."""
     coins = numpy.random.default_rng(6).random(300) < 0.5
     baseline = make_turns("recall", coins)
-    tuned = make_turns("recall", [*[True] * 30, *coins[30:]])  # better on some of 30
-    entry = evaluation.estimate(tuned, baseline)["recall"]
+    fine_tuned = make_turns("recall", [*[True] * 30, *coins[30:]])  # better on some of 30
+    entry = evaluation.estimate(fine_tuned, baseline)["recall"]
     assert entry["value"] == pytest.approx((~coins[:30]).sum() / 300)
     low, high = entry["interval"]
     alone = evaluation.estimate(baseline)["recall"]["interval"]
     assert 0 < low < entry["value"] < high and high - low < 0.6 * (alone[1] - alone[0])
 
 
-# ---- Predictions from elsewhere, and the report again
+# ---- Predictions files and reports
 
 
 def run_without_torch(*arguments, cwd):
-    """Run the evaluation in a process that fails if it imports torch; returns what it printed."""
+    """Run the evaluation in a process that fails if it imports torch; return its output."""
     code = (
         f"import sys; sys.path.insert(0, {str(ROOT)!r}); import evaluation;"
         f"evaluation.main({arguments!r});"
@@ -433,7 +444,7 @@ def run_without_torch(*arguments, cwd):
 
 
 def make_record(number):
-    """A line of a split, as step 1 makes it of make_row."""
+    """The line of a split that step 1 writes for make_row(number)."""
     row = make_row(number)
     roles = {"human": "user", "gpt": "assistant", "tool": "tool"}
     system, *turns = [turn["value"] for turn in row["conversations"]]
@@ -445,7 +456,7 @@ def make_record(number):
 
 
 def score_rows(tmp_path, rows, *flags, splits=("test",), name="p.jsonl", model=SAMPLE_MODEL):
-    """Evaluate predictions of two conversations; returns the results folder of the model."""
+    """Evaluate predictions for two conversations; return the results folder of the model."""
     (tmp_path / "processed_data").mkdir(exist_ok=True)
     records = [make_record(number) for number in range(2)]
     for split in splits:
@@ -470,8 +481,8 @@ def read_metrics(folder):
     return json.loads((folder / "metrics.json").read_text())
 
 
-def test_predictions_of_a_server_are_scored_without_torch(tmp_path, tiny_model):
-    """Of two calls one is right, of a tool that the train split knows; so is one other turn."""
+def test_predictions_from_a_server_are_scored_without_importing_torch(tmp_path, tiny_model):
+    """One of two calls is right, and its tool is in the train split. One other turn is right."""
     records = [make_record(number) for number in range(2)]
     (tmp_path / "processed_data").mkdir()
     write_rows(tmp_path / "processed_data/function_calling_train.jsonl", records[:1])
@@ -498,7 +509,7 @@ def test_predictions_of_a_server_are_scored_without_torch(tmp_path, tiny_model):
     assert "truncated: conversation id-1, turn 1" in printed and "OUTPUT\n<tool_call>" in printed
 
 
-def test_failures_are_grouped_by_class_each_with_the_last_message_of_the_user(tmp_path, capsys):
+def test_failures_are_grouped_by_class_and_show_the_last_user_message(tmp_path, capsys):
     wording = {"before_tools": "", "after_tools": "</tools>", "before_request": "Think first.\n\n"}
     (tmp_path / "processed_data").mkdir()
     (tmp_path / "processed_data/dataset_info.json").write_text(json.dumps({"prompt": wording}))
@@ -513,8 +524,10 @@ def test_failures_are_grouped_by_class_each_with_the_last_message_of_the_user(tm
     assert "<tools>" not in printed and "Think first" not in printed
 
 
-def test_queries_that_are_also_in_the_train_split_are_marked_and_scored_apart(tmp_path, capsys):
-    """Conversation 0 is in both splits, and is answered rightly; conversation 1 is not."""
+def test_queries_that_are_also_in_the_train_split_are_marked_and_scored_separately(
+    tmp_path, capsys
+):
+    """Only conversation 0 is in both splits, and only its answers are right."""
     score_rows(tmp_path, ANSWERS)
     assert "train split" not in capsys.readouterr().out
     train = tmp_path / "processed_data/function_calling_train.jsonl"
@@ -532,14 +545,14 @@ def test_queries_that_are_also_in_the_train_split_are_marked_and_scored_apart(tm
     small = printed.partition("Without them:")[2].partition("Failures")[0]
     rows = [line.split() for line in small.splitlines() if line.strip()]
     assert rows[1] == ["exact", "calls", "1", "0.000", "[0.000,", "0.000]"] and len(rows) == 4
-    (record["messages"][0]["content"]) += " "  # another prompt: not the same query
+    record["messages"][0]["content"] += " "  # a different prompt makes it a different query
     write_rows(train, [record])
     score_rows(tmp_path, ANSWERS, "--rescore")
     assert read_metrics(results / "predictions-p")["repeated_queries"] == []
 
 
-def test_turns_that_carry_no_loss_are_no_queries(tmp_path):
-    """They stay in the prompts of later turns."""
+def test_turns_without_loss_are_not_queries(tmp_path):
+    """They are part of the prompts of later turns."""
     record = make_record(0)
     record["messages"][1]["train"] = False
     path = write_rows(tmp_path / "split.jsonl", [record])
@@ -549,10 +562,10 @@ def test_turns_that_carry_no_loss_are_no_queries(tmp_path):
     assert {*query["prompt"][1]} == {"role", "content"}
 
 
-# ---- Which predictions belong to which query
+# ---- Matching predictions with queries
 
 
-def test_ids_and_turns_match_as_text(tmp_path):
+def test_conversation_ids_and_turns_are_compared_as_text(tmp_path):
     records = [{**make_record(n), "id": str(n)} for n in range(2)]
     path = write_rows(tmp_path / "split.jsonl", records)
     rows = [{"conversation_id": 0, "turn": "1", "output": ""}]
@@ -577,7 +590,7 @@ def test_ids_and_turns_match_as_text(tmp_path):
         ({"conversation_id": "id-0", "turn": 1, "output": 3}, "line 1: the content is not text"),
     ],
 )
-def test_predictions_that_match_nothing_say_why_and_leave_nothing_behind(tmp_path, row, words):
+def test_predictions_that_match_no_query_print_the_reason_and_write_no_files(tmp_path, row, words):
     with pytest.raises(SystemExit, match=words):
         score_rows(tmp_path, [row])
     assert not (tmp_path / "results").exists()
@@ -591,8 +604,8 @@ def test_predictions_that_match_nothing_say_why_and_leave_nothing_behind(tmp_pat
 # ---- Comparing runs
 
 
-def test_any_two_runs_are_compared_and_only_the_reported_one_is_written(tmp_path, capsys):
-    """Exact calls: 1 of 2 against 0 of 2."""
+def test_any_two_runs_can_be_compared_and_only_the_reported_run_is_written(tmp_path, capsys):
+    """One run has 1 of 2 exact calls, and the other has 0 of 2."""
     worse = [{**answer, "output": "No."} for answer in ANSWERS]
     results = score_rows(tmp_path, worse, name="a.jsonl")
     score_rows(tmp_path, ANSWERS, name="b.jsonl")
@@ -629,10 +642,10 @@ DIFFERENCES = [
 
 
 @pytest.mark.parametrize("flags, change, words", DIFFERENCES)
-def test_unlike_runs_are_not_compared_and_the_report_names_why(
+def test_runs_with_different_settings_are_not_compared_and_the_report_says_why(
     tmp_path, capsys, flags, change, words
 ):
-    """Catches a difference that comes from other data, other prompts or shorter answers."""
+    """A difference must not come from other data, other prompts or shorter answers."""
     (tmp_path / "processed_data").mkdir()
     (tmp_path / "processed_data/dataset_info.json").write_text('{"prompt": {"before_tools": ""}}')
     results = score_rows(tmp_path, ANSWERS, name="a.jsonl")
@@ -652,17 +665,17 @@ def test_unlike_runs_are_not_compared_and_the_report_names_why(
     assert {path.name for path in (results / "predictions-b").glob("*.png")} == {"scores.png"}
 
 
-def test_published_figures_are_shown_for_the_published_split_and_model_only(
+def test_published_scores_are_shown_only_for_the_published_split_and_model(
     tmp_path, capsys, monkeypatch
 ):
-    """And never for a server or a file, whose answers may be from any model."""
+    """They are not shown for a predictions file, whose answers may be from any model."""
     monkeypatch.chdir(tmp_path)
     model = tmp_path / "gemma-3-1b-it"
     shutil.copytree(SAMPLE_MODEL, model)
     for folder, is_published, sha_of_split in [
         (model, True, True),
         (model, False, True),
-        (model, True, False),  # dataset_info.json is about another file
+        (model, True, False),  # dataset_info.json describes a different file
         (SAMPLE_MODEL, True, True),
     ]:
         score_rows(tmp_path, ANSWERS, "--overwrite", model=folder)
@@ -679,8 +692,8 @@ def test_published_figures_are_shown_for_the_published_split_and_model_only(
         assert is_shown == (folder is model and is_published and sha_of_split)
 
 
-def test_results_folders_do_not_collide(tmp_path):
-    """A predictions file named baseline, two files of one name, a rescore of another split."""
+def test_each_run_has_its_own_results_folder(tmp_path):
+    """A file named baseline, a second file of the same name or a changed split replaces no run."""
     results = score_rows(tmp_path, ANSWERS, name="baseline.jsonl")
     assert [path.name for path in results.iterdir()] == ["predictions-baseline"]
     (tmp_path / "other").mkdir()
@@ -722,8 +735,8 @@ def test_the_name_of_a_results_folder_can_be_predicted(flags, name):
     assert evaluation.results_name(evaluation.parse_args(flags)) == name
 
 
-def test_a_picture_has_one_bar_for_each_run_that_measured_a_score(tmp_path, monkeypatch):
-    """No bar where nothing was measured; n, axis label and title are there."""
+def test_the_plot_has_one_bar_for_each_run_that_measured_a_score(tmp_path, monkeypatch):
+    """The plot also has n for each score, an axis label and a title."""
     from matplotlib.figure import Figure
 
     figures = []

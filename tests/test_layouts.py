@@ -1,4 +1,4 @@
-"""Step 1: rows in the layouts of today's tools; nothing that a row says is lost silently."""
+"""Tests of step 1: rows in the layouts of common tools. No content of a row is lost silently."""
 
 import json
 import time
@@ -20,7 +20,7 @@ ANSWER = {"role": "assistant", "content": "9 metres."}
 
 
 def call(port="Ulm", name="depth", spelled=None):
-    """A call as a split has it; `spelled` is the arguments as JSON text."""
+    """The text of a call in a split. `spelled` is the JSON text of its arguments."""
     spelled = json.dumps({"port": port}, ensure_ascii=False) if spelled is None else spelled
     return f'<tool_call>\n{{"name": "{name}", "arguments": {spelled}}}\n</tool_call>'
 
@@ -47,14 +47,14 @@ def row_of(*messages, **columns):
 
 
 def convert(row):
-    """Return the texts of a row's turns, and what is noticed."""
+    """Return the texts of the turns of a row, and the counted notices."""
     notices = Counter()
     record = prepare.convert_row(row, "\n\n", notices)
     return [turn["content"] for turn in record["messages"]], dict(notices)
 
 
 def texts(*messages, **columns):
-    """The texts of a row in which nothing is left unread."""
+    """Return the texts of the turns of a row, and assert that all its keys were read."""
     said, notices = convert(row_of(*messages, **columns))
     assert not [reason for kind, reason in notices if kind == "unread"]
     return said
@@ -78,14 +78,14 @@ def test_thoughts_are_written_before_the_call_of_their_turn(thought):
     assert texts(ASK, {**calls(tool_call()), **thought}) == expected
 
 
-def test_a_thought_is_written_although_the_text_contains_it_and_without_its_tags():
+def test_a_thought_is_written_even_if_the_text_contains_it_and_loses_its_own_tags():
     said = {"role": "assistant", "content": "The answer is 42.", "reasoning_content": "42"}
     assert texts(ASK, said)[1] == "<think>42</think>\nThe answer is 42."
     said["reasoning_content"] = "<think>\nLook.\n</think>"
     assert texts(ASK, said)[1] == "<think>Look.</think>\nThe answer is 42."
 
 
-def test_thoughts_are_written_before_a_text_once():
+def test_a_thought_is_written_once_before_the_text():
     thought = {"reasoning_content": "Result: 9."}
     assert texts(ASK, {**ANSWER, **thought})[1] == "<think>Result: 9.</think>\n9 metres."
     written = {"role": "assistant", "content": "<think>Result: 9.</think>9 metres."}
@@ -113,7 +113,7 @@ TOOLS_ELSEWHERE = [
 
 
 @pytest.mark.parametrize("row", TOOLS_ELSEWHERE)
-def test_tools_are_found_where_data_sets_keep_them(row):
+def test_tools_are_found_in_all_places_that_datasets_use(row):
     notices = Counter()
     record = prepare.convert_row(row, "\n\n", notices)
     assert json.loads(record["tools"]) == [TOOL] and not notices
@@ -130,7 +130,7 @@ MENTIONS = [
 
 
 @pytest.mark.parametrize("mention", MENTIONS)
-def test_a_mention_of_the_tags_does_not_switch_the_tools_off(mention):
+def test_tools_are_written_even_if_the_prompt_mentions_the_tags(mention):
     system = {"role": "system", "content": mention}
     assert texts(system, ASK, ANSWER, tools=[TOOL])[0] == f"{mention}\n\n{SHOWN}How deep is Ulm?"
     asked = {"role": "user", "content": mention}
@@ -138,14 +138,14 @@ def test_a_mention_of_the_tags_does_not_switch_the_tools_off(mention):
 
 
 @pytest.mark.parametrize("block", [json.dumps([TOOL]), "\ndepth(port: str)\n", json.dumps(TOOL)])
-def test_tools_that_the_prompt_shows_are_not_written_again(block):
+def test_tools_that_the_prompt_already_shows_are_not_written_again(block):
     system = {"role": "system", "content": f"<tools>{block}</tools>"}
     said = texts(system, ASK, ANSWER, tools=[TOOL])[0]
     assert said == f"<tools>{block}</tools>\n\nHow deep is Ulm?"
 
 
-def test_tools_that_the_prompt_shows_one_per_line_are_read():
-    """As in Qwen's and Hermes's own prompts."""
+def test_tools_that_the_prompt_lists_one_per_line_are_read():
+    """The prompts of Qwen and Hermes list them so."""
     other = make_tool("f", "x")
     system = f"<tools>\n{json.dumps(TOOL)}\n{json.dumps(other)}\n</tools>"
     record = prepare.convert_row(row_of({"role": "system", "content": system}, ASK, ANSWER))
@@ -160,7 +160,7 @@ def test_tools_in_json_text_keep_their_nulls():
     assert json.loads(prepare.convert_row(row_of(ASK, ANSWER, tools=declared))["tools"]) == [TOOL]
 
 
-def test_a_tool_that_is_declared_in_two_forms_is_shown_once():
+def test_a_tool_that_is_declared_in_two_forms_is_written_once():
     record = prepare.convert_row(row_of(ASK, ANSWER, tools=[TOOL], functions=[TOOL["function"]]))
     assert json.loads(record["tools"]) == [TOOL]
 
@@ -170,7 +170,7 @@ UNREADABLE_TOOLS = ["depth(port)", [TOOL, "depth"], [{"depth": {"port": "string"
 
 @pytest.mark.parametrize("tools", UNREADABLE_TOOLS)
 def test_tools_that_cannot_be_read_are_null_and_counted(tools):
-    """Null tells evaluation.py not to judge calls by the tools of this row."""
+    """Null tells evaluation.py not to check calls against the tools of this row."""
     notices = Counter()
     record = prepare.convert_row(row_of(ASK, calls(tool_call()), tools=tools), "\n\n", notices)
     assert record["tools"] is None
@@ -178,12 +178,12 @@ def test_tools_that_cannot_be_read_are_null_and_counted(tools):
     assert reason[0] == "noticed" and reason[1].startswith("tools that cannot be read")
 
 
-def test_empty_tools_are_no_tools():
+def test_an_empty_list_of_tools_means_no_tools():
     for tools in ({}, [], [{}], "", "null", "[]", None):
         assert prepare.convert_row(row_of(ASK, ANSWER, tools=tools))["tools"] == "[]"
 
 
-def test_calls_to_tools_that_are_declared_nowhere_are_counted():
+def test_calls_to_undeclared_tools_are_counted():
     undeclared = ("noticed", "calls to a tool that the row does not declare")
     for tools, expected in (([TOOL], {}), ([make_tool("f", "x")], {undeclared: 1})):
         assert convert(row_of(ASK, calls(tool_call()), tools=tools))[1] == expected
@@ -213,7 +213,7 @@ def test_arguments_are_found_under_other_names_and_next_to_the_function(given):
     assert texts(ASK, {**calls(), "tool_calls": json.dumps([given])})[1] == expected
 
 
-def test_a_call_has_no_arguments_only_if_nothing_could_hold_them():
+def test_a_call_has_no_arguments_only_if_no_key_could_contain_them():
     for function in ({"name": "f"}, {"name": "f", "arguments": ""}, {"name": "f", "args": {}}):
         assert texts(ASK, calls({"function": function}))[1] == call(name="f", spelled="{}")
 
@@ -233,7 +233,7 @@ BAD_CALLS = [
 
 
 @pytest.mark.parametrize("given, reason", BAD_CALLS)
-def test_a_call_that_cannot_be_read_drops_its_row_and_never_becomes_an_empty_call(given, reason):
+def test_a_row_with_an_unreadable_call_is_dropped(given, reason):
     with pytest.raises(ValueError, match=reason):
         convert(row_of(ASK, calls(given)))
 
@@ -248,13 +248,13 @@ ESCAPES = [
 
 
 @pytest.mark.parametrize("spelled, expected", ESCAPES)
-def test_json_arguments_are_written_in_plain_letters(spelled, expected):
+def test_arguments_in_json_text_are_written_without_unicode_escapes(spelled, expected):
     assert json.loads(spelled) == json.loads(expected)
     function = {"name": "depth", "arguments": spelled}
     assert texts(ASK, calls({"function": function}))[1] == call(spelled=expected)
 
 
-def test_a_call_in_the_text_and_in_the_fields_is_written_once():
+def test_a_call_in_both_the_text_and_the_fields_is_written_once():
     text = {"content": "I look.\n" + call()}
     assert texts(ASK, calls(tool_call(), **text))[1] == "I look.\n" + call()
     function = tool_call()["function"]
@@ -267,7 +267,7 @@ def test_a_call_in_the_text_and_in_the_fields_is_written_once():
             convert(row_of(ASK, other))
 
 
-def test_the_old_function_call_field_and_the_role_function():
+def test_the_function_call_field_and_the_function_role_are_read():
     turn = {"role": "assistant", "content": "I look.", "function_call": tool_call()["function"]}
     done = {"role": "function", "name": "depth", "content": '{"metres": 9}'}
     expected = ["How deep is Ulm?", "I look.\n" + call(), result('{"metres": 9}'), "9 metres."]
@@ -287,19 +287,19 @@ FOREIGN = [
 
 
 @pytest.mark.parametrize("text, name", FOREIGN)
-def test_text_that_looks_like_a_call_in_another_format_is_kept_and_counted(text, name):
+def test_text_that_resembles_a_call_in_another_format_is_kept_and_counted(text, name):
     said, notices = convert(row_of(ASK, {"role": "assistant", "content": text}, tools=[TOOL]))
     ((kind, reason),) = notices
     assert said[1] == text and kind == "noticed"
     assert reason.startswith("turns with calls in an unsupported format") and name in reason
 
 
-def test_an_answer_in_json_is_not_taken_for_a_call():
+def test_an_answer_in_json_is_not_read_as_a_call():
     said = {"role": "assistant", "content": '{"name": "Ulm", "depth": [9]} (see [1](x))'}
     assert convert(row_of(ASK, said))[1] == {}
 
 
-def test_calls_whose_keys_arrow_filled_with_null_are_no_calls():
+def test_calls_and_keys_that_are_null_are_ignored():
     empty = {"id": None, "type": None, "function": {"name": None, "arguments": None}}
     filled = {"function_call": {"name": None, "arguments": None}, "tool_calls": [empty]}
     assert texts(ASK, {**ANSWER, **filled})[1] == "9 metres."
@@ -307,32 +307,31 @@ def test_calls_whose_keys_arrow_filled_with_null_are_no_calls():
     assert texts(ASK, calls(custom))[1] == call()
 
 
-def test_nulls_in_json_text_are_the_users():
+def test_nulls_in_json_text_are_kept():
     answers = '[{"name": "depth", "arguments": {"port": null}}]'
     said, notices = convert({"query": "Ulm?", "answers": answers})
     assert said[1] == call(spelled='{"port": null}')
     assert ("unread", "null values in arguments or results") not in notices
 
 
-def test_a_mention_of_a_tag_is_not_a_block():
+def test_a_mention_of_a_tag_is_not_read_as_a_block():
     text = "I use the <tool_call> tag."
     assert texts(ASK, calls(tool_call(), content=text))[1] == f"{text}\n{call()}"
     said = texts(ASK, calls(tool_call()), tool("see <tool_response>"), ANSWER)
     assert said[2] == result("see <tool_response>")
 
 
-def test_a_refusal_is_the_text_of_its_turn():
-    assert (
-        texts(ASK, {"role": "assistant", "content": None, "refusal": "I can't."})[1] == "I can't."
-    )
+def test_a_refusal_becomes_the_text_of_its_turn():
+    refusal = {"role": "assistant", "content": None, "refusal": "I can't."}
+    assert texts(ASK, refusal)[1] == "I can't."
 
 
 ANYTHING = [None, 7, [], {}, "x", [[]], [7], True, {"a": None}, [{"name": "f"}]]
 
 
 @pytest.mark.parametrize("value", ANYTHING, ids=str)
-def test_no_value_whatsoever_in_any_field_raises_anything_but_a_reason(value):
-    """Catches one odd row that ends the preparation of thousands."""
+def test_no_value_in_any_field_raises_an_unexpected_exception(value):
+    """Otherwise one unusual row would end the preparation of thousands."""
     function = {"name": "depth", "arguments": PORT}
     parts = [{"type": "text", "text": "Hi"}]
     fields = [
@@ -389,7 +388,7 @@ def test_results_follow_the_order_of_their_calls():
     for results in (
         [tool("2", "7"), tool("9", "a")],
         [tool("9", None), tool("2", None)],
-        [tool("9", "x"), tool("2", "x")],  # ids that say nothing
+        [tool("9", "x"), tool("2", "x")],  # ids that match no call
     ):
         assert texts(ASK, asked, *results, ANSWER)[2] == in_order
     named = [{"function": {"name": "f"}}, {"function": {"name": "g"}}]
@@ -401,7 +400,7 @@ def test_results_follow_the_order_of_their_calls():
 
 
 @given(st.data())
-def test_no_result_is_lost_or_written_twice(data):
+def test_every_result_is_written_exactly_once(data):
     ids = st.sampled_from(["a", "b", "", None])
     asked = data.draw(st.lists(ids, min_size=1, max_size=3))
     names = st.sampled_from([{}, {"name": "depth"}, {"name": "f"}])
@@ -413,7 +412,7 @@ def test_no_result_is_lost_or_written_twice(data):
     assert sorted(numbers) == [str(number) for number in range(len(given))]
 
 
-def test_nulls_in_values_are_left_out_and_counted():
+def test_null_values_are_left_out_and_counted():
     row = row_of(ASK, calls(tool_call()), tool({"metres": 9, "note": None}), ANSWER)
     said, notices = convert(row)
     assert said[2] == result('{"metres": 9}')
@@ -423,7 +422,7 @@ def test_nulls_in_values_are_left_out_and_counted():
 # ---- Turns
 
 
-def test_neighboring_messages_are_one_turn():
+def test_neighboring_messages_with_the_same_role_become_one_turn():
     system = [{"role": "system", "content": text} for text in ("Be brief.", "", "It is Monday.")]
     asked = [{"role": "user", "content": "Hello."}, ASK]
     said = [{"role": "assistant", "content": text} for text in ("One", "moment.")]
@@ -436,7 +435,7 @@ def test_neighboring_messages_are_one_turn():
 @pytest.mark.parametrize(
     "roles", [("tool_call", "tool_response"), ("Function-Call", "environment")]
 )
-def test_calls_in_a_row_are_one_turn_and_results_in_a_row_too(roles):
+def test_neighboring_calls_become_one_turn_and_so_do_neighboring_results(roles):
     turns = [("user", "Ulm and Kiel?")]
     turns += [(roles[0], {"name": "depth", "arguments": {"port": p}}) for p in ("Ulm", "Kiel")]
     turns += [(roles[1], "9"), (roles[1], "2"), ("assistant", "9 and 2.")]
@@ -450,7 +449,7 @@ def test_calls_in_a_row_are_one_turn_and_results_in_a_row_too(roles):
 @pytest.mark.parametrize(
     "mark", [{"weight": 0}, {"train": False}, {"loss": False}, {"weight": 0.0}]
 )
-def test_a_turn_that_is_marked_carries_no_loss(mark):
+def test_a_turn_with_a_loss_mark_carries_no_loss(mark):
     row = row_of(
         ASK, {**ANSWER, **mark}, ASK, {**ANSWER, "weight": 1}, {**ASK, "weight": 0}, ANSWER
     )
@@ -464,12 +463,12 @@ def test_a_turn_that_is_marked_carries_no_loss(mark):
         convert(row_of(ASK, {**ANSWER, **mark}))
 
 
-def test_a_weight_that_is_neither_0_nor_1_is_named():
+def test_a_weight_other_than_0_or_1_is_reported():
     unread = ("unread", 'key "weight" of a message with role assistant')
     assert convert(row_of(ASK, {**ANSWER, "weight": 0.5}))[1] == {unread: 1}
 
 
-def test_the_system_text_may_be_a_column_a_message_parts_or_all_of_them():
+def test_the_system_text_may_be_in_a_column_a_message_and_parts():
     parts = [{"type": "text", "text": "Be"}, {"type": "text", "text": "brief."}]
     assert texts(ASK, ANSWER, system=parts)[0] == "Be\nbrief.\n\nHow deep is Ulm?"
     message = {"role": "system", "content": "Be kind."}
@@ -488,7 +487,7 @@ GLAIVE_CHAT = (
 )
 
 
-def test_a_raw_glaive_row():
+def test_a_raw_glaive_row_is_converted():
     system = GLAIVE_SYSTEM.format(json.dumps(TOOL, indent=4), json.dumps(make_tool("f", "x")))
     row = {"system": system, "chat": GLAIVE_CHAT.replace("\nUSER: is", " USER: is")}
     notices = Counter()
@@ -502,7 +501,7 @@ def test_a_raw_glaive_row():
     assert said == [*expected, "9 metres. USER: is a role."]
 
 
-def test_only_tools_are_taken_out_of_a_raw_glaive_system_text():
+def test_only_the_tools_are_removed_from_the_system_text_of_a_raw_glaive_row():
     chat = "USER: Hi\n\n\nASSISTANT: Hello <|endoftext|>"
     system = 'SYSTEM: Answer as {"answer": 1}. {brace}\n' + json.dumps([TOOL, make_tool("f", "x")])
     record = prepare.convert_row({"system": system, "chat": chat, "tools": "[]"})
@@ -521,7 +520,7 @@ HUGE = [
 
 
 @pytest.mark.parametrize("number", range(len(HUGE)))
-def test_a_row_of_a_megabyte_is_read_in_seconds(number):
+def test_a_row_of_one_megabyte_is_read_in_seconds(number):
     start = time.process_time()
     try:
         prepare.convert_row(HUGE[number])
@@ -530,7 +529,7 @@ def test_a_row_of_a_megabyte_is_read_in_seconds(number):
     assert time.process_time() - start < 3
 
 
-def test_a_raw_xlam_row():
+def test_a_raw_xlam_row_is_converted():
     answers = [{"name": "depth", "arguments": {"port": port}} for port in ("Ulm", "Kiel")]
     tools = [{"name": "depth", "parameters": {"port": {"type": "str"}}}]
     for spell in (json.dumps, lambda value: value):
@@ -554,7 +553,9 @@ NOT_READ = [
 
 
 @pytest.mark.parametrize("row, name", NOT_READ)
-def test_a_layout_that_is_not_read_is_one_line_with_its_name_and_the_layouts(row, name, tmp_path):
+def test_an_unsupported_layout_prints_one_line_with_its_name_and_the_supported_ones(
+    row, name, tmp_path
+):
     source = write_rows(tmp_path / "rows.jsonl", [row] * 5)
     with pytest.raises(SystemExit) as end:
         prepare.main(["--dataset", str(source), "--output-dir", str(tmp_path / "out")])
@@ -594,7 +595,8 @@ def write_openai(conversation, as_text, is_reversed):
     messages = [{"role": "system", "content": conversation["system"]}]
     for exchange in conversation["exchanges"]:
         messages.append({"role": "user", "content": exchange["user"]})
-        made, results = [], []
+        made = []
+        results = []
         for number, (drawn, said) in enumerate(exchange["calls"]):
             arguments = json.dumps(drawn["arguments"]) if as_text else drawn["arguments"]
             function = {"name": drawn["name"], "arguments": arguments}
@@ -637,7 +639,7 @@ def write_glaive(conversation):
 
 
 @given(conversations)
-def test_a_conversation_is_the_same_in_every_layout(conversation):
+def test_a_conversation_gives_the_same_text_in_every_layout(conversation):
     expected = prepare.convert_row(write_openai(conversation, as_text=True, is_reversed=False))
     others = [write_openai(conversation, as_text, is_reversed=True) for as_text in (True, False)]
     others += [write_sharegpt(conversation), write_glaive(conversation)]
@@ -648,13 +650,13 @@ def test_a_conversation_is_the_same_in_every_layout(conversation):
 
 
 @given(words, st.lists(drawn_calls, min_size=1, max_size=3))
-def test_a_question_and_its_calls_are_the_same_in_xlam_and_openai(query, made):
+def test_a_question_and_its_calls_give_the_same_text_in_xlam_and_openai(query, made):
     row = {"query": query, "answers": json.dumps(made), "tools": json.dumps(TOOLS)}
     as_openai = row_of({"role": "user", "content": query}, calls(*made), tools=TOOLS)
     assert prepare.convert_row(row) == prepare.convert_row(as_openai)
 
 
-# ---- No key of a row disappears
+# ---- Unread keys
 
 keys = st.text(min_size=1, max_size=8).map(lambda text: f"x_{text}")
 contents = st.booleans() | st.integers() | st.text(min_size=1) | st.just([{"a": 0, "b": None}])
@@ -662,7 +664,7 @@ extras = st.dictionaries(keys, contents, max_size=3)
 
 
 @given(st.lists(extras, min_size=5, max_size=5))
-def test_every_key_that_is_not_read_is_named(drawn):
+def test_every_unread_key_is_reported(drawn):
     in_row, in_message, in_call, in_function, in_part = drawn
     part = {"type": "text", "text": "How deep?", **in_part}
     function = {**tool_call()["function"], **in_function}
@@ -703,10 +705,11 @@ def numbered(*numbers):
     return [row_of({"role": "user", "content": f"Hello {n}"}, dict(ANSWER), id=n) for n in numbers]
 
 
-def test_the_summary_counts_rows_and_names_the_first(tmp_path, capsys):
+def test_the_summary_counts_rows_and_names_the_first_one(tmp_path, capsys):
     rows = numbered(*range(8))
     rows[3]["mood"] = "good"
-    rows[5]["mood"] = rows[5]["messages"][1]["mood"] = "bad"
+    rows[5]["mood"] = "bad"
+    rows[5]["messages"][1]["mood"] = "bad"
     rows[6]["messages"][1]["content"] = call() + call()
     _, info = run(write_rows(tmp_path / "rows.jsonl", rows), tmp_path / "out")
     printed = capsys.readouterr().out
@@ -737,7 +740,7 @@ def test_repeated_conversations_are_counted_or_dropped(tmp_path, capsys):
     assert "also in train" not in capsys.readouterr().out.split("Rows")[-1]
 
 
-def test_a_test_set_of_the_users_own(tmp_path, capsys, monkeypatch):
+def test_the_user_can_pass_a_test_set(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     train = write_rows(tmp_path / "rows.jsonl", numbered(1, 2, 3))
     test = write_rows(tmp_path / "held_out.jsonl", numbered(3, 4))
@@ -747,9 +750,8 @@ def test_a_test_set_of_the_users_own(tmp_path, capsys, monkeypatch):
     assert info["test"]["also_in_train"] == 1
     assert info["test_source"]["dataset"] == str(test) and info["test_source"]["rows_kept"] == 2
     printed = capsys.readouterr().out
-    assert (
-        f"Rows        2 loaded from {test}, 2 kept" in printed and "1 of the test conv" in printed
-    )
+    assert f"Rows        2 loaded from {test}, 2 kept" in printed
+    assert "1 of the test conv" in printed
     records, _ = run(train, tmp_path / "out", "--test-dataset", test, "--drop-duplicates")
     assert [record["id"] for record in records["test"]] == ["4"]
     folder = tmp_path / "folder"
@@ -770,14 +772,14 @@ BAD_TESTS = [
 
 
 @pytest.mark.parametrize("options, words", BAD_TESTS)
-def test_a_test_set_that_cannot_be_had_is_one_line(options, words, tmp_path):
+def test_a_test_set_that_cannot_be_loaded_prints_one_line(options, words, tmp_path):
     source = write_rows(tmp_path / "rows.jsonl", numbered(1, 2, 3))
     with pytest.raises(SystemExit, match=f"^error: [^\n]*{words}[^\n]*$"):
         run(source, tmp_path / "out", *options)
     assert not (tmp_path / "out").exists()
 
 
-def test_options_that_would_have_no_effect_are_refused(capsys):
+def test_options_without_effect_are_refused(capsys):
     with pytest.raises(SystemExit):
         prepare.parse_args(["--test-dataset", "x.jsonl", "--seed", "1"])
     assert "--test-dataset replaces" in capsys.readouterr().err
@@ -786,7 +788,7 @@ def test_options_that_would_have_no_effect_are_refused(capsys):
     assert "not for a file" in capsys.readouterr().err
 
 
-# ---- The small files that users' tools produce
+# ---- Small files from common tools
 
 QUITO = call("Quito", "harbour_depth")
 ULM = call("Ulm", "harbour_depth")
@@ -795,7 +797,7 @@ NINE = result('{"metres": 9}')
 OSLO = call(name="get_weather", spelled='{"city": "Oslo"}')
 DEGREES = result('{"degrees": 0}')
 IT_IS = "It is 0 degrees in Oslo."
-CASES = {  # the turns of the first row after the user's first one
+CASES = {  # all turns of the first row but the first user turn
     "good": [OSLO, DEGREES, IT_IS],
     "c01_sharegpt_function_call": [OSLO, DEGREES, IT_IS],
     "c02_openai_messages": [OSLO, DEGREES, IT_IS],
@@ -858,7 +860,7 @@ CASE_NOTICES = {
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason=f"{SHARED}/cases is not there")
 @pytest.mark.parametrize("name", CASES)
-def test_a_file_that_users_tools_produce(name, tmp_path):
+def test_a_file_from_a_common_tool_is_converted(name, tmp_path):
     source = SHARED / "cases" / f"{name}.jsonl"
     records, info = run(source, tmp_path)
     num_rows = len(source.read_text().splitlines())
@@ -891,8 +893,8 @@ LAYOUT_WRITERS = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUT_WRITERS)
-def test_each_layout_is_trained_on_and_evaluated(layout, tmp_path, tiny_model):
-    """One optimizer step, then an evaluation of the adapter on every test query."""
+def test_each_layout_goes_through_training_and_evaluation(layout, tmp_path, tiny_model):
+    """Training takes one step, and the adapter is evaluated on all test queries."""
     rows = []
     for number in range(20):
         made = [({"name": "f", "arguments": {"x": f"{number}"}}, f"{number} metres")]
@@ -923,7 +925,7 @@ SHARED_CASES = pytest.mark.skipif(not SHARED.is_dir(), reason=f"{SHARED}/cases i
 
 
 @SHARED_CASES
-def test_parallel_calls_in_text_and_their_two_results():
+def test_parallel_calls_in_text_keep_both_results():
     row = json.loads((SHARED / "cases/c20_parallel.jsonl").read_text())
     said = [turn["content"] for turn in prepare.convert_row(row, "\n\n")["messages"]]
     spelled = [
@@ -934,7 +936,7 @@ def test_parallel_calls_in_text_and_their_two_results():
     assert said == [*expected, result("7") + "\n" + result("19"), "7 and 19."]
 
 
-# The arguments of a call that fits the tools of a case, and of one that does not.
+# Arguments that fit the tools of a file, and arguments that do not
 VERDICTS = {
     "c06_arrow_nulls": ({"city": "Oslo"}, {"path": "x"}),
     "c08_type_dict": ({"city": "Oslo", "days": 2}, {"city": "Oslo", "days": "two"}),
@@ -947,7 +949,7 @@ VERDICTS = {
 
 @SHARED_CASES
 @pytest.mark.parametrize("name", VERDICTS)
-def test_a_call_is_judged_by_the_tools_of_a_case(name):
+def test_a_call_is_checked_against_the_tools_of_a_file(name):
     row = json.loads((SHARED / "cases" / f"{name}.jsonl").read_text().splitlines()[0])
     record = prepare.convert_row(row)
     declared = evaluation.read_tools(record["tools"])
@@ -966,10 +968,10 @@ def test_a_call_is_judged_by_the_tools_of_a_case(name):
         ("r21_int_ids", "r21_int_ids.predictions.jsonl", 3),
     ],
 )
-def test_predictions_of_a_case_are_matched_and_right(
+def test_predictions_are_matched_with_the_queries_of_a_file(
     split, predictions, num_right, tmp_path, monkeypatch
 ):
-    """Calls that a server parsed itself, and ids that are numbers."""
+    """In one file, the server has parsed the calls. In the other one, ids are numbers."""
     monkeypatch.chdir(tmp_path)
     run(SHARED / "cases" / f"{split}.jsonl", tmp_path / "processed_data")
     file = SHARED / "cases" / predictions

@@ -1,4 +1,4 @@
-"""Step 1: what becomes of a row, which rows are dropped, which split is drawn, what is written."""
+"""Tests of step 1: converting rows, dropping rows, drawing the split and writing the files."""
 
 import gzip
 import hashlib
@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 import prepare_function_calling_dataset as prepare
 
 REAL_ROWS = SHARED / "data/glaive_function_calling_300.json"
-THINK = prepare.THINK_INSTRUCTION  # the hashes of the real splits hold its wording
-HI, HELLO = ("human", "Hi"), ("gpt", "Hello")
+THINK = prepare.THINK_INSTRUCTION  # its wording is part of the hashed splits
+HI = ("human", "Hi")
+HELLO = ("gpt", "Hello")
 CALL = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Oslo"}}\n</tool_call>'
 TOOL = make_tool("get_weather", "city")
 
@@ -45,14 +46,14 @@ def run(source, folder, *options):
     return records, json.loads((folder / "dataset_info.json").read_text("utf-8"))
 
 
-def test_system_text_and_instruction_stand_before_the_first_request_alone():
+def test_system_text_and_instruction_come_only_before_the_first_request():
     row = turns(("system", "Use tools."), HI, HELLO, ("human", "Bye"), ("gpt", "So"))
     assert texts(row, THINK) == ["Use tools." + THINK + "Hi", "Hello", "Bye", "So"]
     for nothing in ((), [("system", " ")]):
         assert texts(turns(*nothing, HI, HELLO), THINK) == ["Hi", "Hello"]
 
 
-def test_tools_are_shown_once_where_the_row_does_not_show_them():
+def test_tools_are_added_to_the_prompt_unless_the_row_shows_them():
     shown = prepare.BEFORE_TOOLS + json.dumps([TOOL]) + prepare.AFTER_TOOLS
     kind = turns(HI, HELLO, tools=[TOOL], system="Be kind.")
     assert texts(kind, THINK)[0] == "Be kind.\n\n" + shown + THINK + "Hi"
@@ -67,12 +68,12 @@ def test_every_way_to_declare_tools_gives_the_same_json():
     for declared in ([TOOL], [json.dumps(TOOL)], *in_text, [{**TOOL, "filled_by_arrow": None}]):
         tools = prepare.convert_row(turns(HI, HELLO, tools=declared))["tools"]
         assert tools == json.dumps([TOOL])
-    for column in ("null", "", None, [], "not { readable"):  # the prompt shows them
+    for column in ("null", "", None, [], "not { readable"):  # the prompt shows the tools
         tools = prepare.convert_row({**make_row(0), "tools": column})["tools"]
         assert json.loads(tools) == [make_tool("get_weather_0", "city")]
 
 
-def test_the_same_conversation_in_each_layout():
+def test_a_conversation_gives_the_same_text_in_sharegpt_and_openai_layout():
     call = {"name": "get_weather", "arguments": {"city": "Oslo"}}
     results = [f"<tool_response>\n{said}\n</tool_response>" for said in ('{"degrees": 0}', "windy")]
     row = openai(
@@ -111,7 +112,7 @@ DROPPED = [
 
 
 @pytest.mark.parametrize("row, reason", DROPPED)
-def test_a_row_of_no_use_is_dropped_with_its_reason(row, reason):
+def test_an_unusable_row_is_dropped_with_its_reason(row, reason):
     with pytest.raises(ValueError, match=reason):
         prepare.convert_row(row)
 
@@ -120,7 +121,7 @@ def test_a_row_of_no_use_is_dropped_with_its_reason(row, reason):
 @pytest.mark.parametrize(
     "name", ["c13_call_spellings.jsonl", "c15_rows.parquet", "c19b_nullable.jsonl"]
 )
-def test_every_row_of_a_file_that_users_tools_produce_is_kept(name, tmp_path):
+def test_every_row_of_a_file_from_a_common_tool_is_kept(name, tmp_path):
     records, info = run(SHARED / "cases" / name, tmp_path)
     assert (info["rows_loaded"], info["rows_kept"], info["dropped"]) == (15, 15, {})
     bad_calls = ["calls that cannot be read"] if name.startswith("c13") else []
@@ -133,7 +134,7 @@ def test_every_row_of_a_file_that_users_tools_produce_is_kept(name, tmp_path):
 
 
 @pytest.mark.skipif(not REAL_ROWS.is_file(), reason=f"{REAL_ROWS} is not there")
-def test_the_real_rows_come_out_byte_for_byte(tmp_path):
+def test_real_rows_give_the_expected_splits_byte_for_byte(tmp_path):
     info = run(REAL_ROWS, tmp_path)[1]
     assert [sha256_of(tmp_path / file) for file in prepare.SPLIT_FILES.values()] == [
         "b57154af2ec31b976d26bcc434b90b9cdf537518f815f011fe622eb2bc64e42f",
@@ -147,9 +148,10 @@ def test_the_real_rows_come_out_byte_for_byte(tmp_path):
     assert info["test"]["also_in_train"] == 11
 
 
-def test_the_split_is_drawn_over_all_rows_and_only_then_are_rows_dropped(tmp_path, capsys):
+def test_the_split_is_drawn_before_unusable_rows_are_dropped(tmp_path, capsys):
     rows = [make_row(number) for number in range(50)]
-    rows[8]["conversations"][2]["from"] = rows[20]["conversations"][2]["from"] = "robot"
+    rows[8]["conversations"][2]["from"] = "robot"
+    rows[20]["conversations"][2]["from"] = "robot"
     rows[9]["conversations"][1]["value"] = "half a \ud800 character"
     rows[30]["tools"] = [{"name": float("nan")}]
     rows[30]["conversations"][0]["value"] = "No tools here."
@@ -162,7 +164,7 @@ def test_the_split_is_drawn_over_all_rows_and_only_then_are_rows_dropped(tmp_pat
         assert info[name]["conversations"] == len(expected)
         assert info[name]["sha256"] == sha256_of(tmp_path / info[name]["file"])
     assert (info["rows_loaded"], info["rows_kept"]) == (50, 47)
-    # Of 50 rows 38 have a call and an answer, 12 are small talk; three of the 38 are dropped.
+    # Of 50 rows, 38 have a call and an answer, and 12 are small talk. Three of the 38 are dropped.
     assert info["train"]["tool_call_turns"] + info["test"]["tool_call_turns"] == 35
     assert info["train"]["helpful_turns"] + info["test"]["helpful_turns"] == 35 + 12
     robots = info["dropped"].pop("unknown role 'robot'")
@@ -182,10 +184,11 @@ def test_missing_and_repeated_ids_are_made_unique(tmp_path):
     assert len(ids) == 8 and {"same", "same-row-2", "row-7", "same-row-8-row-8"} <= ids
 
 
-def test_all_kinds_of_files_and_a_folder_give_the_same_splits(tmp_path, monkeypatch):
+def test_all_file_formats_and_a_folder_give_the_same_splits(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     rows = []
-    for name in "abcdefghijklmnopqrst":  # Arrow gives each object the keys of all, with null
+    # Arrow adds the keys of all objects to each object, with null as their value.
+    for name in "abcdefghijklmnopqrst":
         call = {"function": {"name": name, "arguments": {f"of_{name}": "x"}}}
         said = ("user", "Go", None), ("assistant", None, [call])
         rows.append(openai(*said, tools=[make_tool(name, f"of_{name}")]))
@@ -194,19 +197,20 @@ def test_all_kinds_of_files_and_a_folder_give_the_same_splits(tmp_path, monkeypa
     (tmp_path / "rows.json").write_text(json.dumps(rows, indent=1), "utf-8-sig", newline="\r\n")
     pretty = "\n".join(json.dumps(row, indent=2) for row in rows)
     (tmp_path / "pretty.jsonl").write_text(pretty)
-    folder, options = tmp_path / "folder", ("--config=default", "--split=validation")
+    folder = tmp_path / "folder"
     folder.mkdir()
     for path in (tmp_path / "rows.parquet", folder / "validation.parquet"):
         datasets.Dataset.from_list(rows).to_parquet(str(path))
     files = [tmp_path / f"rows.{kind}" for kind in ("jsonl", "jsonl.gz", "json", "parquet")]
     files.append(tmp_path / "pretty.jsonl")
     runs = [run(file, tmp_path / "out")[0] for file in files]
+    options = ["--config", "default", "--split", "validation"]
     runs.append(run(folder, tmp_path / "out", *options)[0])
     assert len(runs[0]["train"]) == 16 and "null" not in str(runs[0]["train"])
     assert all(splits == runs[0] for splits in runs)
 
 
-def test_the_reason_of_a_dropped_row_names_its_unread_keys(tmp_path):
+def test_the_reason_for_a_dropped_row_names_its_unread_keys(tmp_path):
     misspelled = {"role": "assistant", "tool_call": [{"name": "get_weather", "arguments": {}}]}
     bad = {"messages": [{"role": "user", "content": "Hi"}, misspelled]}
     rows = write_rows(tmp_path / "rows.jsonl", [*[turns(HI, HELLO)] * 5, bad])
@@ -242,13 +246,14 @@ UNREADABLE = [
     ("rows.parquet", "no parquet", "Parquet"),
     ("rows.jsonl", '{"id": 1}\n' * 9, "none of the 9 rows .* match no supported layout"),
     ("absent.jsonl", None, "no such file"),
-    ("", None, "any data file"),  # a folder with none
+    ("", None, "any data file"),  # a folder without data files
 ]
 
 
 @pytest.mark.parametrize("name, content, words", UNREADABLE)
-def test_what_cannot_be_read_is_one_line_and_changes_nothing(tmp_path, name, content, words):
-    source, out = tmp_path / "in" / name, tmp_path / "out"
+def test_unreadable_input_prints_one_line_and_changes_no_files(tmp_path, name, content, words):
+    source = tmp_path / "in" / name
+    out = tmp_path / "out"
     (tmp_path / "in").mkdir()
     run(write_rows(tmp_path / "rows.jsonl", [turns(HI, HELLO)] * 5), out)
     before = {path.name: path.read_bytes() for path in out.iterdir()}
@@ -259,7 +264,7 @@ def test_what_cannot_be_read_is_one_line_and_changes_nothing(tmp_path, name, con
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
 
 
-def test_what_cannot_be_written_is_one_line_and_leaves_no_split(tmp_path):
+def test_unwritable_output_prints_one_line_and_leaves_no_split(tmp_path):
     rows = write_rows(tmp_path / "rows.jsonl", [turns(HI, HELLO)] * 5)
     (tmp_path / "out/function_calling_test.jsonl.tmp").mkdir(parents=True)
     with pytest.raises(SystemExit, match="^error: .*Is a directory"):
@@ -267,18 +272,18 @@ def test_what_cannot_be_written_is_one_line_and_leaves_no_split(tmp_path):
     assert len(list((tmp_path / "out").glob("*.jsonl"))) == 0
 
 
-def test_the_summary_warns_where_tools_are_declared_and_no_turn_calls(tmp_path, capsys):
+def test_the_summary_warns_if_tools_are_declared_but_never_called(tmp_path, capsys):
     rows = write_rows(tmp_path / "rows.jsonl", [turns(HI, HELLO, tools=[TOOL])] * 10)
     _, info = run(rows, tmp_path / "out", "--no-think-instruction")
     *_, warning, last = capsys.readouterr().out.splitlines()
     assert warning.startswith("warning: tools are declared but no turn calls one")
     assert last.endswith(f"train.py --train-file {tmp_path}/out/function_calling_train.jsonl")
     assert info["prompt"]["before_request"] == "\n\n"
-    assert info["test"]["also_in_train"] == 2  # all ten rows are one
+    assert info["test"]["also_in_train"] == 2  # all ten rows are equal
 
 
 @given(st.text() | st.text(alphabet="<tool_call>/{}[]'\":, \n\0"))
-def test_no_text_whatsoever_raises_in_reading_calls(text):
+def test_reading_calls_from_any_text_raises_no_exception(text):
     messages = [{"role": "assistant", "content": f"{text}<tool_call>{text}</tool_call>"}]
     prepare.inspect_record({"messages": messages, "tools": "[]"}, Counter())
     prepare.collect_tools([text], f"<tools>{text}</tools>", Counter())

@@ -1,4 +1,4 @@
-"""The README: its Python snippet runs, and its commands name flags that exist."""
+"""Tests of the README: its Python snippet runs, and the flags in its commands exist."""
 
 import re
 import shlex
@@ -22,7 +22,7 @@ def code_blocks(language):
     return re.findall(rf"^```{language}\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
 
 
-def test_every_command_of_the_readme_is_accepted():
+def test_every_command_in_the_readme_is_accepted():
     lines = "\n".join(code_blocks("bash")).replace("\\\n", " ").splitlines()
     commands = [shlex.split(line, comments=True) for line in lines]
     commands += [shlex.split(text) for text in re.findall(r"`(python \w+\.py[^`]*)`", README)]
@@ -33,8 +33,8 @@ def test_every_command_of_the_readme_is_accepted():
 
 
 @pytest.mark.slow
-def test_the_python_snippet_runs_as_it_is_printed(finished, capsys):
-    """With the name of an adapter that exists, and a few tokens only."""
+def test_the_python_snippet_runs_as_printed(finished, capsys):
+    """Only the name of the adapter and the number of new tokens are replaced."""
     (snippet,) = [block for block in code_blocks("python") if "ADAPTER = " in block]
     snippet = re.sub(r'ADAPTER = ".*"', f"ADAPTER = {str(finished.adapter)!r}", snippet)
     exec(snippet.replace("max_new_tokens=256", "max_new_tokens=8"), {})

@@ -1,4 +1,4 @@
-"""Step 3 with --server: what is asked, read, retried, named and resumed."""
+"""Tests of step 3 with --server: requests, answers, retries, errors and resuming."""
 
 import asyncio
 import contextlib
@@ -15,15 +15,16 @@ CALL = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Oslo"}}\n</t
 
 @pytest.fixture
 def ask(tmp_path, tiny_model, monkeypatch):
-    """Ask a server, with short waits, about six conversations of a call and an answer each.
+    """Evaluate a server on six conversations of a call and an answer each, with short waits.
 
-    Returns predictions and metrics. With `error`, the evaluation must end in one that matches.
+    Returns predictions and metrics. With `error`, the evaluation must end with a matching error.
     """
     monkeypatch.setattr(evaluation, "RETRY_WAITS", (0.01, 0.02, 0.04))
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     monkeypatch.chdir(tmp_path)
-    tools, rows = json.dumps([make_tool("get_weather", "city")]), []
+    tools = json.dumps([make_tool("get_weather", "city")])
+    rows = []
     for number in range(6):
         messages = [
             {"role": "user", "content": f"Weather? <end_of_turn> {number}"},
@@ -42,7 +43,7 @@ def ask(tmp_path, tiny_model, monkeypatch):
         label = "baseline" if "--baseline" in flags else "server-fc"
         folder = tmp_path / "results" / tiny_model.name / label
         if not folder.exists():
-            assert not (tmp_path / "results").exists()  # nothing stored, no empty folder
+            assert not (tmp_path / "results").exists()  # not even an empty folder
             return None, None
         lines = (folder / "predictions.jsonl").read_text().splitlines()
         return list(map(json.loads, lines)), json.loads((folder / "metrics.json").read_text())
@@ -51,7 +52,7 @@ def ask(tmp_path, tiny_model, monkeypatch):
 
 
 def echo(asked, times):
-    """A perfect model: a call to a question, an answer to a result."""
+    """Answer like a perfect model: a question with a call, and a result with an answer."""
     return completion("It is 7 degrees." if len(asked["messages"]) == 3 else CALL)
 
 
@@ -59,8 +60,8 @@ def roles_in(requests):
     return {tuple(message["role"] for message in asked["messages"]) for asked in requests}
 
 
-def test_a_fine_tuned_model_gets_the_messages_as_they_are_and_the_baseline_a_user_turn(ask):
-    """Catches a tool turn that a stock template refuses, and a forged turn."""
+def test_a_fine_tuned_model_gets_unchanged_messages_and_the_baseline_user_turns(ask):
+    """Gemma's own template refuses tool turns, and user text must not forge a turn."""
     server = ChatServer(echo, delay=0.02)
     predictions, metrics = ask(server.url, "--concurrency", "3")
     assert server.most_at_once == 3
@@ -75,13 +76,14 @@ def test_a_fine_tuned_model_gets_the_messages_as_they_are_and_the_baseline_a_use
     assert "<end_of_turn >" in server.requests[0]["messages"][0]["content"]
 
 
-def test_tool_calls_beside_no_content_are_read_as_the_text_of_a_call(ask):
-    """vLLM's and llama.cpp's parsers take calls out of the text; arguments are text or object."""
+def test_tool_calls_without_content_are_read_as_calls_in_text(ask):
+    """vLLM and llama.cpp move calls from the text to `tool_calls`."""
 
     def parsed(asked, times):
         if len(asked["messages"]) == 3:
             return completion("It is 7 degrees.")
-        request, arguments = asked["messages"][0]["content"], '{"city": "Oslo"}'
+        request = asked["messages"][0]["content"]
+        arguments = '{"city": "Oslo"}'
         function = {"name": "get_weather", "arguments": arguments}
         if "0" in request:
             function["arguments"] = json.loads(arguments)
@@ -94,15 +96,16 @@ def test_tool_calls_beside_no_content_are_read_as_the_text_of_a_call(ask):
     assert metrics["finish_reasons"] == {"end_of_turn": 12}
 
 
-def test_passing_failures_are_asked_again_after_growing_waits(ask, monkeypatch):
-    """Catches a query lost to a busy server, and one asked again without a pause."""
-    waits, sleep = [], evaluation.asyncio.sleep
+def test_temporary_failures_are_retried_after_increasing_waits(ask, monkeypatch):
+    """A busy server costs no query, and is not asked again without a pause."""
+    waits = []
+    sleep = evaluation.asyncio.sleep
 
-    async def note(seconds):
+    async def record_wait(seconds):
         waits.append(seconds)
         await sleep(0)
 
-    monkeypatch.setattr(evaluation.asyncio, "sleep", note)
+    monkeypatch.setattr(evaluation.asyncio, "sleep", record_wait)
     monkeypatch.setattr(evaluation.random, "uniform", lambda low, high: 1)
     failing = [429, 500, None]
     server = ChatServer(lambda asked, times: failing[times] if times < 3 else echo(asked, times))
@@ -111,10 +114,8 @@ def test_passing_failures_are_asked_again_after_growing_waits(ask, monkeypatch):
     assert sorted(waits) == [0.01] * 12 + [0.02] * 12 + [0.04] * 12
 
 
-def test_a_server_that_stalls_or_is_not_there_is_given_up_on_and_nothing_is_stored(
-    ask, monkeypatch
-):
-    """Catches zeros of a dead server that are stored as scores, or replace earlier answers."""
+def test_nothing_is_stored_if_the_server_stalls_or_is_absent(ask, monkeypatch):
+    """The failures must not be stored as scores of zero or replace earlier answers."""
     ask("http://127.0.0.1:9", error="none of 12 queries was answered.*no connection to http")
     monkeypatch.setattr(evaluation, "REQUEST_TIMEOUT", 0.3)
     stalling = ChatServer(echo, delay=1)
@@ -128,10 +129,11 @@ def test_a_server_that_stalls_or_is_not_there_is_given_up_on_and_nothing_is_stor
 
 
 def test_connection_errors_are_retried(ask, monkeypatch):
-    """A server that restarts refuses connections for a while."""
+    """A server refuses connections for a while when it restarts."""
     import httpx2
 
-    post, refused = httpx2.AsyncClient.post, []
+    post = httpx2.AsyncClient.post
+    refused = []
 
     async def refuse_once(client, url, json):
         if json not in refused:
@@ -144,7 +146,7 @@ def test_connection_errors_are_retried(ask, monkeypatch):
     assert len(refused) == 12 and metrics["scores"]["turn_right"]["value"] == 1
 
 
-def test_a_server_that_dies_is_not_asked_a_thousand_times(ask, monkeypatch):
+def test_the_evaluation_stops_after_several_failures_in_a_row(ask, monkeypatch):
     monkeypatch.setattr(evaluation, "MAX_FAILURES_IN_A_ROW", 4)
     server = ChatServer(lambda asked, times: 400)
     ask(server.url, "--concurrency", "1", error="400")
@@ -152,15 +154,15 @@ def test_a_server_that_dies_is_not_asked_a_thousand_times(ask, monkeypatch):
 
 
 @pytest.mark.parametrize("path", ["/v1", "/v1/", "/v1/chat/completions"])
-def test_the_base_url_and_the_full_url_are_accepted(ask, path):
+def test_requests_go_to_the_same_path_for_a_base_url_and_a_full_url(ask, path):
     server = ChatServer(echo)
     ask(server.url, path=path)
     assert server.paths == {"/v1/chat/completions"}
 
 
 @pytest.mark.parametrize("key", [None, "", "sk-mine"])
-def test_no_hugging_face_token_reaches_a_server(ask, tmp_path, monkeypatch, key):
-    """Whatever the environment and the hub's token files hold."""
+def test_no_hugging_face_token_is_sent_to_a_server(ask, tmp_path, monkeypatch, key):
+    """Tokens in the environment and in the token files of the Hub are ignored."""
     monkeypatch.setenv("HF_HOME", str(tmp_path))
     monkeypatch.setenv("HF_TOKEN_PATH", str(tmp_path / "token"))
     (tmp_path / "token").write_text("hf_secret_file")
@@ -176,8 +178,8 @@ def test_no_hugging_face_token_reaches_a_server(ask, tmp_path, monkeypatch, key)
     assert not any(b"sk-mine" in path.read_bytes() for path in files)
 
 
-def test_a_failed_query_is_counted_named_and_asked_again(ask):
-    """A refusal is not repeated; --resume asks what failed, and only that."""
+def test_a_failed_query_is_counted_named_and_retried_on_resume(ask):
+    """A request with status 400 is not repeated. --resume sends only the failed queries."""
     broken = True
 
     def answer(asked, times):
@@ -198,7 +200,7 @@ def test_a_failed_query_is_counted_named_and_asked_again(ask):
     assert metrics["scores"]["turn_right"]["value"] == 1 and metrics["failures"] == {}
 
 
-MESSAGES = [  # how servers report an error; what is printed
+MESSAGES = [  # status and body of an error; the message that is printed
     (400, {"error": {"message": "Too long", "type": "x"}}, "HTTP status 400: Too long"),
     (400, {"object": "error", "message": "Too long", "code": 40303}, "HTTP status 400: Too long"),
     (422, {"error": "Too long", "error_type": "validation"}, "HTTP status 422: Too long"),
@@ -217,19 +219,19 @@ MESSAGES = [  # how servers report an error; what is printed
 
 
 @pytest.mark.parametrize("status, body, words", MESSAGES)
-def test_the_message_of_the_server_is_in_the_error(ask, status, body, words):
+def test_the_error_contains_the_message_of_the_server(ask, status, body, words):
     server = ChatServer(lambda asked, times: (status, body))
     ask(server.url, error=f"none of 12 queries was answered.*{words}")
 
 
-def test_a_busy_server_that_answers_with_status_200_is_asked_again(ask):
+def test_a_rate_limit_error_with_status_200_is_retried(ask):
     busy = (200, {"error": {"message": "Rate limited", "code": 429}})
     server = ChatServer(lambda asked, times: busy if times == 0 else echo(asked, times))
     _, metrics = ask(server.url)
     assert metrics["scores"]["turn_right"]["value"] == 1 and len(server.requests) == 24
 
 
-def test_max_completion_tokens_is_used_where_a_server_insists_on_it(ask):
+def test_max_completion_tokens_is_used_if_a_server_requires_it(ask):
     said = "'max_tokens' is not supported with this model. Use 'max_completion_tokens' instead."
 
     def answer(asked, times):
@@ -238,7 +240,7 @@ def test_max_completion_tokens_is_used_where_a_server_insists_on_it(ask):
     server = ChatServer(answer)
     _, metrics = ask(server.url, "--concurrency", "2", "--max-new-tokens", "99")
     assert metrics["scores"]["turn_right"]["value"] == 1
-    assert len(server.requests) <= 14  # only the first ones are refused
+    assert len(server.requests) <= 14  # only the first requests are refused
     assert server.requests[-1]["max_completion_tokens"] == 99
 
 
@@ -251,7 +253,7 @@ FINISH_REASONS = [  # vLLM, SGLang, llama.cpp, Ollama, LM Studio, TGI, Together,
 
 
 @pytest.mark.parametrize("given, stored", FINISH_REASONS)
-def test_finish_reasons_of_servers(given, stored):
+def test_finish_reasons_of_servers_are_converted_to_ours(given, stored):
     assert evaluation.read_answer({"content": "x", "finish_reason": given}) == ("x", stored)
 
 
@@ -271,7 +273,7 @@ def test_text_and_calls_are_found_in_the_fields_of_an_answer(fields, text):
     assert evaluation.read_answer(fields)[0] == text
 
 
-def test_an_answer_that_is_none_is_a_failure_and_no_exception(ask):
+def test_an_unreadable_answer_is_a_failure_and_not_an_exception(ask):
     strange = [{}, {"choices": []}, {"choices": [{"message": {"content": 3}}]}, [1]]
     strange += [completion("x", "content_filter"), completion("\ud800 x")]
     number = {str(n): answer for n, answer in enumerate(strange)}
@@ -295,14 +297,14 @@ def test_a_base_url_and_the_full_url_are_accepted(given, expected):
     assert evaluation.chat_url(given) == expected
 
 
-def test_a_key_is_removed_from_an_error_before_the_error_is_cut():
+def test_an_api_key_is_removed_from_an_error_before_the_error_is_shortened():
     message = "x" * 290 + " sk-verysecretkey " + "x" * 100
     kept = evaluation.shorten_error(message, ["sk-verysecretkey", ""])
     assert len(kept) == evaluation.MAX_MESSAGE_LENGTH + 3 and "sk-" not in kept
 
 
 @pytest.mark.parametrize("key", ["sk-abc\nsecretdef", "sk-abc\u2026"])
-def test_a_key_that_no_header_can_hold_is_one_line_without_the_key(key, monkeypatch):
+def test_an_api_key_that_is_not_valid_in_a_header_prints_one_line_without_the_key(key, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", key)
     args = evaluation.parse_args(["--server", "http://127.0.0.1:9/v1", "--server-model", "fc"])
     with pytest.raises(SystemExit) as end:
@@ -310,7 +312,7 @@ def test_a_key_that_no_header_can_hold_is_one_line_without_the_key(key, monkeypa
     assert end.value.code.startswith("error: OPENAI_API_KEY") and "sk-" not in end.value.code
 
 
-def test_the_next_command_of_a_named_baseline_reads_its_failures(tmp_path, monkeypatch):
+def test_the_next_command_after_a_named_baseline_shows_its_failures(tmp_path, monkeypatch):
     argv = ["--baseline", "--name", "base2"]
     monkeypatch.setattr(evaluation, "default_adapter", lambda model: tmp_path)
     command = evaluation.next_command(evaluation.parse_args(argv), argv)

@@ -1,4 +1,4 @@
-"""The chat template: one text in training and serving, of a split's turns and of OpenAI's."""
+"""Tests of the chat template: training and serving render a conversation as the same text."""
 
 import functools
 import json
@@ -43,7 +43,7 @@ def plain(template):
 
 
 def render(template, messages, tools=None, **options):
-    """The text of messages, by transformers; for serving, plain jinja2 must give the same."""
+    """Render messages with transformers. Plain Jinja must give the same text for serving."""
     options = {"chat_template": template, "tokenize": False, **options}
     text = TOKENIZER.apply_chat_template(messages, tools=tools, **options)
     if "{%- generation" not in template:
@@ -75,7 +75,8 @@ OBJECT = {"name": "get_weather", "arguments": ARGUMENTS}
 TEXT = {"name": "get_weather", "arguments": ' {"city":"Oslo","n":null}\n'}
 
 
-HI, HELLO = user("Hi"), model("Hello")
+HI = user("Hi")
+HELLO = model("Hello")
 LOOK = {"reasoning_content": " I look. "}
 ESCAPED = {"name": "f", "arguments": r'{"a": "\u00e9\ud83d\ude00\\u00e9\u0022\u001f\ud800"}'}
 TWO = {"role": "assistant", "content": None, "tool_calls": []}
@@ -116,7 +117,7 @@ CONVERSATIONS = [
 
 @pytest.mark.parametrize("tools", [TOOLS, []], ids=["tools", "none"])
 @pytest.mark.parametrize("messages", CONVERSATIONS)
-def test_openai_messages_with_tools_are_the_text_that_is_trained_on(messages, tools):
+def test_openai_messages_with_tools_give_the_same_text_as_training(messages, tools):
     row = {"messages": messages, "tools": tools}
     is_shown = bool(tools)
     for before_request in (prepare.THINK_INSTRUCTION, "\n\n"):
@@ -125,12 +126,13 @@ def test_openai_messages_with_tools_are_the_text_that_is_trained_on(messages, to
         text = render(training, split)
         assert render(serving, split) == render(serving, messages, tools) == text
         assert text.count("Runs get_weather") == text.count("Runs f") == is_shown
-        if split[-1]["role"] == "assistant":  # what is trained on follows what is served
+        if split[-1]["role"] == "assistant":  # the prompt in serving starts the training text
             asked = render(serving, split[:-1], add_generation_prompt=True)
             assert text.startswith(asked) and asked.endswith("<start_of_turn>model\n")
 
 
-# Not drawn: "<", since control tokens are broken up; keys with null, which both scripts leave out.
+# "<" is not drawn, because control tokens are broken up. Neither are keys with null, which both
+# scripts leave out.
 words = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="<"))
 scalars = st.booleans() | st.integers() | words
 scalars |= st.floats(allow_nan=False, allow_infinity=False)
@@ -141,7 +143,7 @@ SERVING = plain(make_templates("\n\n")[1])
 
 
 @given(values)
-def test_json_of_arguments_and_tools_is_spelled_as_json_dumps_does(value):
+def test_json_of_arguments_and_tools_equals_the_output_of_json_dumps(value):
     spelled = json.dumps({"x": value}, ensure_ascii=False)
     call = {"name": "f", "arguments": {"x": value}}
     text = SERVING.render(messages=[HI, model(None, call)], tools=[{"x": value}])
@@ -149,7 +151,7 @@ def test_json_of_arguments_and_tools_is_spelled_as_json_dumps_does(value):
     assert f"<tools>\n[{spelled}]\n</tools>" in text
 
 
-# Conversations as users' tools write them. Whitespace around a text is only kept in the split.
+# Conversations as common tools write them. Only the split keeps white space around a text.
 texts = words.map(lambda text: f"w{text}w") | st.just(" ")
 contents = texts | st.lists(texts.map(lambda text: {"type": "text", "text": text}), max_size=2)
 thoughts = st.dictionaries(st.sampled_from(["reasoning_content", "reasoning"]), words, max_size=2)
@@ -184,7 +186,7 @@ def write_messages(system, drawn):
 
 
 @given(st.lists(contents, max_size=2), exchanges)
-def test_any_messages_of_openai_are_the_text_that_is_trained_on(system, drawn):
+def test_any_openai_messages_give_the_same_text_as_training(system, drawn):
     messages = write_messages(system, drawn)
     split = prepare.convert_row({"messages": messages, "tools": TOOLS}, "\n\n")["messages"]
     expected = SERVING.render(messages=split)
@@ -200,13 +202,13 @@ NONSENSE = {
 
 
 @pytest.mark.parametrize("reason", NONSENSE)
-def test_what_the_template_does_not_know_is_an_error_and_never_left_out(reason):
+def test_messages_that_the_template_does_not_support_raise_an_error(reason):
     with pytest.raises(ValueError, match=reason):
         SERVING.render(messages=NONSENSE[reason], raise_exception=refuse)
 
 
 @pytest.mark.parametrize("is_real", [False, True], ids=["sample", "real"])
-def test_no_text_whatsoever_becomes_a_control_token(is_real):
+def test_no_text_is_tokenized_as_a_control_token(is_real):
     if is_real and not REAL_TOKENIZER.is_dir():
         pytest.skip(f"{REAL_TOKENIZER} is not there")
     tokenizer = AutoTokenizer.from_pretrained(REAL_TOKENIZER) if is_real else TOKENIZER
@@ -227,11 +229,11 @@ def test_no_text_whatsoever_becomes_a_control_token(is_real):
             found = [token for token in ids if tokenizer.convert_ids_to_tokens(token) in special]
             turn, end = tokenizer.convert_tokens_to_ids(["<start_of_turn>", "<end_of_turn>"])
             assert found == [tokenizer.bos_token_id, *[turn, end] * 5, turn]
-            assert text.count("<end_of_turn >") > 12  # all of it is still there to be read
+            assert text.count("<end_of_turn >") > 12  # the text is still readable
 
 
 def test_control_tokens_come_from_the_tokenizer():
-    """Such as those that FunctionGemma adds to Gemma's."""
+    """FunctionGemma, for example, has control tokens that Gemma does not have."""
     tokenizer = AutoTokenizer.from_pretrained(SAMPLE_MODEL)
     tokenizer.add_special_tokens({"extra_special_tokens": ["<start_function_call>"]})
     _, serving = make_templates("\n\n", tokenizer)
@@ -240,8 +242,8 @@ def test_control_tokens_come_from_the_tokenizer():
 
 
 @pytest.mark.parametrize("loss_on, marked", [("model-turns", [0, 1]), ("all", [1, 0])])
-def test_the_marks_name_the_turns_with_loss_or_those_without(loss_on, marked):
-    """Where all tokens carry loss, the marks are around the turns that carry none."""
+def test_the_generation_marks_follow_the_train_flag(loss_on, marked):
+    """If all tokens carry loss, the marks surround the turns that do not."""
     template = train.make_template(make_wording("\n\n"), TOKENIZER, loss_on)
     messages = [HI, {**HELLO, "train": False}, HI, {**HELLO, "train": None}]
     options = {"chat_template": template, "return_dict": True}
@@ -253,7 +255,7 @@ def test_the_marks_name_the_turns_with_loss_or_those_without(loss_on, marked):
 
 @pytest.mark.skipif(not REAL_ROWS.is_file(), reason=f"{REAL_ROWS} is not there")
 @pytest.mark.skipif(not REAL_TOKENIZER.is_dir(), reason=f"{REAL_TOKENIZER} is not there")
-def test_labels_of_real_rows_in_real_tokens_are_what_the_model_says():
+def test_labels_of_real_rows_are_exactly_the_model_turns():
     tokenizer = AutoTokenizer.from_pretrained(REAL_TOKENIZER)
     training, _ = make_templates(prepare.THINK_INSTRUCTION)
     options = {"chat_template": training, "return_dict": True, "return_assistant_tokens_mask": True}

@@ -1,4 +1,4 @@
-"""Step 2: what carries loss, what moves, what is written, and how runs end, resume and fail."""
+"""Tests of step 2: loss, weights, files, resuming, user mistakes, messages and hardware."""
 
 import errno
 import hashlib
@@ -47,16 +47,19 @@ CONVERSATION = [
 
 @pytest.fixture
 def build(tiny_model, splits, tmp_path):
-    """Make a trainer as a run of the script does, and how many conversations were dropped."""
+    """Build a trainer as the script does; return it with the number of dropped conversations."""
 
     def build(*flags, conversations=None):
         args = train.parse_args(["--model", str(tiny_model), *flags])
         rows, wording = train.read_split(splits / "function_calling_train.jsonl")
         model, tokenizer = train.load_model(tiny_model, torch.float32)
         template = train.make_template(wording, tokenizer, args.loss_on)
-        data = train.build_datasets(conversations or rows, tokenizer, template, args)
-        *data, num_dropped = data
-        trainer = train.build_trainer(model, tokenizer, *data, args, tmp_path / "run", "cpu")
+        training, validation, num_dropped = train.build_datasets(
+            conversations or rows, tokenizer, template, args
+        )
+        trainer = train.build_trainer(
+            model, tokenizer, training, validation, args, tmp_path / "run", "cpu"
+        )
         return trainer, num_dropped
 
     return build
@@ -88,7 +91,7 @@ def test_one_bos_and_only_model_turns_carry_loss_with_their_end_of_turn(build):
     assert ids == labels
 
 
-def test_a_turn_that_is_marked_train_false_carries_no_loss(build):
+def test_a_turn_marked_train_false_carries_no_loss(build):
     first = {**CONVERSATION[1], "train": False}
     marked = [CONVERSATION[0], first, *CONVERSATION[2:]]
     trainer, _ = build(conversations=[marked] * 5)
@@ -101,7 +104,7 @@ def test_a_turn_that_is_marked_train_false_carries_no_loss(build):
     assert all_ids == ids and decode(without_loss) == f"{first['content']}<end_of_turn>"
 
 
-def test_conversations_over_the_length_are_dropped_and_counted_never_cut(build):
+def test_conversations_over_max_length_are_dropped_and_counted_and_never_cut(build):
     length = len(labels_of(build(conversations=[CONVERSATION] * 5)[0])[0])
     longer = [*CONVERSATION[:3], {"role": "assistant", "content": "It is 20 degrees in Paris!!"}]
     rows = [CONVERSATION, longer, CONVERSATION] * 5
@@ -110,7 +113,7 @@ def test_conversations_over_the_length_are_dropped_and_counted_never_cut(build):
     assert num_dropped == 5 and [len(ids) for ids in kept] == [length] * 10
 
 
-def test_each_step_has_its_full_number_of_conversations(build):
+def test_each_step_has_the_full_number_of_conversations(build):
     for num_rows, num_training, num_validation in ((24, 16, 5), (3, 2, 1)):
         trainer, _ = build(conversations=[CONVERSATION] * num_rows)
         assert len(trainer.train_dataset) == num_training
@@ -118,7 +121,7 @@ def test_each_step_has_its_full_number_of_conversations(build):
 
 
 @pytest.mark.parametrize("num_labels", [None, 500])
-def test_loss_and_gradients_are_those_of_trl(build, num_labels):
+def test_loss_and_gradients_equal_those_of_trl(build, num_labels):
     trainer, _ = build("--batch-size", "4", "--lora-dropout", "0")
     rows = [trainer.train_dataset[index] for index in range(4)]
     batch = trainer.data_collator(rows)
@@ -135,29 +138,37 @@ def test_loss_and_gradients_are_those_of_trl(build, num_labels):
     torch.testing.assert_close(*results, atol=1e-5, rtol=1e-5)
 
 
-# ---- What a run changes and writes
+# ---- Weights and files
 
 
-def test_lora_weights_move_and_nothing_else(finished, tiny_model):
+def test_training_changes_only_the_lora_weights(finished, tiny_model):
     before = load_file(tiny_model / "model.safetensors")
     after = dict(finished.trainer.model.base_model.model.named_parameters())
     after = {name.replace(".base_layer", ""): weight for name, weight in after.items()}
     assert before.keys() == {name for name in after if "lora" not in name}
     assert all(torch.equal(after[name], weight) for name, weight in before.items())
     lora = [weight for name, weight in after.items() if "lora_B" in name]
-    assert len(lora) == 14 and all(weight.any() for weight in lora)  # they begin at zero
+    assert len(lora) == 14 and all(weight.any() for weight in lora)  # they start at zero
 
 
-def test_the_adapter_holds_lora_of_the_seven_projections_and_nothing_else(finished):
-    projections = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split()
+def test_the_adapter_contains_only_lora_weights_of_the_seven_projections(finished):
+    projections = [
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "o_proj",
+        "gate_proj",
+        "up_proj",
+        "down_proj",
+    ]
     weights = load_file(finished.adapter / WEIGHTS)
     parts = [name.split(".")[4:] for name in weights]  # such as 0, mlp, up_proj, lora_A, weight
-    held = [(layer, projection, lora) for layer, _, projection, lora, _ in parts]
-    assert sorted(held) == sorted(itertools.product("01", projections, ["lora_A", "lora_B"]))
+    found = [(layer, projection, lora) for layer, _, projection, lora, _ in parts]
+    assert sorted(found) == sorted(itertools.product("01", projections, ["lora_A", "lora_B"]))
     assert {weight.dtype for weight in weights.values()} == {torch.float32}
 
 
-def test_an_adapter_of_the_real_shapes_is_small(finished):
+def test_an_adapter_for_a_real_model_is_small(finished):
     for layers, hidden, mlp, megabytes in ((18, 640, 2048, 16), (26, 1152, 6912, 53)):
         shape = {"hidden_size": hidden, "intermediate_size": mlp, "head_dim": 256}
         heads = {"num_attention_heads": 4, "num_key_value_heads": 1, "num_hidden_layers": layers}
@@ -168,15 +179,13 @@ def test_an_adapter_of_the_real_shapes_is_small(finished):
         assert 0.9 * megabytes < 4 * sum(map(torch.numel, lora)) / 1e6 < megabytes
 
 
-def test_the_adapter_folder_is_all_that_is_needed_beside_the_base_and_no_pickle(
-    finished, tiny_model
-):
+def test_the_adapter_folder_is_complete_and_contains_no_pickle(finished, tiny_model):
     tokenizer_files = ["tokenizer.json", "tokenizer_config.json", "tokenizer.model"]
     names = {"README.md", "adapter_config.json", WEIGHTS, "chat_template.jinja", *tokenizer_files}
     names |= {"generation_config.json", "loss.png", "training_run.json"}
     assert {path.name for path in finished.adapter.iterdir()} == names
     assert not finished.adapter.with_name(f"{finished.adapter.name}-checkpoints").exists()
-    for name in ("tokenizer.json", "tokenizer.model"):  # byte for byte the base model's
+    for name in ("tokenizer.json", "tokenizer.model"):  # the files of the base model
         for folder in (finished.adapter, finished.merged):
             assert (folder / name).read_bytes() == (tiny_model / name).read_bytes()
     config = json.loads((finished.adapter / "adapter_config.json").read_text())
@@ -184,11 +193,11 @@ def test_the_adapter_folder_is_all_that_is_needed_beside_the_base_and_no_pickle(
     assert tiny_model.is_absolute()
     run = json.loads((finished.adapter / "training_run.json").read_text())
     losses = {e["step"]: e["eval_loss"] for e in run["log_history"] if "eval_loss" in e}
-    assert list(losses) == [3, 6, 9, 12]  # twice an epoch
+    assert list(losses) == [3, 6, 9, 12]  # two validations per epoch
     assert losses[run["best_step"]] == min(losses.values())
 
 
-def test_reload_and_merge_equal_the_trained_model_and_serve_its_template(finished, tiny_model):
+def test_the_reloaded_and_the_merged_model_equal_the_trained_model(finished, tiny_model):
     serving = (finished.adapter / "chat_template.jinja").read_text()
     assert "<tool_call>" in serving and "{%- generation" not in serving
     for folder in (finished.adapter, finished.merged):
@@ -207,7 +216,7 @@ def test_reload_and_merge_equal_the_trained_model_and_serve_its_template(finishe
     assert merged.dtype == torch.float32
 
 
-def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(
+def test_the_same_seed_gives_the_same_bytes_and_a_different_seed_does_not(
     finished, tiny_model, flags, tmp_path
 ):
     weights = []
@@ -218,7 +227,7 @@ def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(
     assert weights[0] == (finished.adapter / WEIGHTS).read_bytes() and weights[1] != weights[2]
 
 
-# ---- Runs that end early
+# ---- Killed runs and errors during training
 
 KILLED = """
 import os, signal
@@ -234,7 +243,7 @@ train.main()
 
 
 @pytest.mark.slow
-def test_killed_and_resumed_the_adapter_is_bit_for_bit_the_undisturbed_one(
+def test_a_killed_and_resumed_run_gives_the_same_adapter_bit_for_bit(
     finished, tiny_model, flags, tmp_path
 ):
     command = [*flags, "--model", str(tiny_model), "--output-dir", "run"]
@@ -243,7 +252,7 @@ def test_killed_and_resumed_the_adapter_is_bit_for_bit_the_undisturbed_one(
     process = subprocess.run(killed, cwd=tmp_path, env=environment, capture_output=True)
     checkpoints = tmp_path / "run-checkpoints"
     assert process.returncode == -9 and not list((tmp_path / "run").iterdir())
-    # As a kill while a checkpoint is written leaves it: all but trainer_state.json.
+    # A run that is killed while it writes a checkpoint leaves all files but trainer_state.json.
     cut_short = shutil.copytree(checkpoints / "checkpoint-6", checkpoints / "checkpoint-7")
     (cut_short / "trainer_state.json").unlink()
 
@@ -259,7 +268,9 @@ def test_killed_and_resumed_the_adapter_is_bit_for_bit_the_undisturbed_one(
     assert not checkpoints.exists()
 
 
-def test_a_finished_run_is_not_replaced_unasked_and_resume_only_merges(tiny_model, flags, tmp_path):
+def test_a_finished_run_is_not_replaced_without_overwrite_and_resume_only_merges(
+    tiny_model, flags, tmp_path
+):
     command = [*flags, "--model", tiny_model, "--max-steps", "1", "--output-dir", "run"]
     assert run_here(SCRIPT, *command, cwd=tmp_path).returncode == 0
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").iterdir()}
@@ -273,7 +284,7 @@ def test_a_finished_run_is_not_replaced_unasked_and_resume_only_merges(tiny_mode
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").iterdir()} == before
 
 
-def test_a_loss_that_is_no_number_stops_the_run_with_its_step(
+def test_a_loss_that_is_nan_stops_the_run_and_the_error_names_the_step(
     tiny_model, flags, tmp_path, monkeypatch
 ):
     command = [*flags, "--model", str(tiny_model), "--output-dir"]
@@ -301,7 +312,7 @@ FAILURES = [
     (torch.OutOfMemoryError(FULL), ["memory ran out", *MEMORY_ADVICE]),
     (RuntimeError(CUBLAS), ["memory ran out", *MEMORY_ADVICE]),
     (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), MEMORY_ADVICE),
-    # As triton/runtime/build.py raises them, without a compiler and without Python.h
+    # Triton raises these errors without a compiler and without Python.h.
     (RuntimeError("Failed to find C compiler. Please specify via CC environment"), COMPILER),
     (subprocess.CalledProcessError(1, COMPILE), COMPILER),
     (RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64"), ["disk space"]),
@@ -317,7 +328,7 @@ def raise_in_training(patch, error):
 
 
 @pytest.mark.parametrize("error, words", FAILURES)
-def test_what_a_machine_lacks_is_one_line_with_its_own_advice(
+def test_a_missing_resource_prints_one_line_of_advice(
     error, words, tiny_model, flags, tmp_path, monkeypatch
 ):
     raise_in_training(monkeypatch, error)
@@ -327,7 +338,7 @@ def test_what_a_machine_lacks_is_one_line_with_its_own_advice(
     assert "Errno" not in process.stderr and "Error" not in process.stderr.replace(FULL, "")
 
 
-def test_a_bug_keeps_its_traceback_and_the_advice_for_memory_works(
+def test_a_bug_keeps_its_traceback_and_the_advice_about_memory_works(
     tiny_model, flags, tmp_path, monkeypatch
 ):
     command = [*flags, "--model", tiny_model, "--max-steps", "1"]
@@ -339,7 +350,7 @@ def test_a_bug_keeps_its_traceback_and_the_advice_for_memory_works(
     assert run_here(SCRIPT, *command, cwd=tmp_path).returncode == 0
 
 
-def test_ctrl_c_is_one_line_that_says_how_to_continue(tiny_model, flags, tmp_path, monkeypatch):
+def test_ctrl_c_prints_one_line_that_says_how_to_continue(tiny_model, flags, tmp_path, monkeypatch):
     raise_in_training(monkeypatch, KeyboardInterrupt())
     process = run_here(SCRIPT, *flags, "--model", tiny_model, cwd=tmp_path)
     assert process.returncode == 1
@@ -352,13 +363,14 @@ def losses_of(folder):
 
 
 @pytest.mark.slow
-def test_two_processes_give_the_losses_of_one(tiny_model, flags, tmp_path):
+def test_two_processes_give_the_same_losses_as_one(tiny_model, flags, tmp_path):
     command = [*flags, "--model", str(tiny_model), "--lora-dropout", "0", "--output-dir"]
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     launch += [ROOT / SCRIPT, *command, "two"]
     two = subprocess.run(launch, cwd=tmp_path, capture_output=True, text=True)
     assert two.returncode == 0 and two.stdout.count("Trained ") == 1, two.stderr
-    assert "destroy_process_group" not in two.stderr  # PyTorch's warning when it is left open
+    # PyTorch warns if the process group is not destroyed.
+    assert "destroy_process_group" not in two.stderr
     one = run_here(SCRIPT, *command, "one", cwd=tmp_path)
     assert one.returncode == 0, one.stderr
     losses = losses_of(tmp_path / "one")
@@ -366,7 +378,7 @@ def test_two_processes_give_the_losses_of_one(tiny_model, flags, tmp_path):
     assert losses_of(tmp_path / "two") == pytest.approx(losses, abs=1e-4)
 
 
-# ---- Mistakes
+# ---- User mistakes
 
 
 WRONG_VALUES = [
@@ -382,9 +394,7 @@ WRONG_VALUES = [
 ]
 
 
-def test_mistakes_end_in_one_line_and_the_corrected_command_just_works(
-    tiny_model, splits, tmp_path
-):
+def test_user_mistakes_print_one_line_and_the_corrected_command_works(tiny_model, splits, tmp_path):
     command = ["--model", "tiny-gemma", "--max-steps", "1", "--output-dir", "run"]
     split = tmp_path / "processed_data/function_calling_train.jsonl"
 
@@ -397,7 +407,7 @@ def test_mistakes_end_in_one_line_and_the_corrected_command_just_works(
         process = run_here(SCRIPT, flag, value, cwd=tmp_path)
         assert process.returncode == 2  # the last line, after the usage, names the flag
         assert f"error: argument {flag}: " in process.stderr.splitlines()[-1]
-    assert_refused("Run prepare_function_calling_dataset.py first")  # the scripts in wrong order
+    assert_refused("Run prepare_function_calling_dataset.py first")  # step 2 was run before step 1
     shutil.copytree(splits, split.parent)
     lines = split.read_text()
     openai_row = {"messages": [{"role": "user", "content": "Hi"}], "tools": [{"name": "f"}]}
@@ -405,26 +415,29 @@ def test_mistakes_end_in_one_line_and_the_corrected_command_just_works(
         split.write_text(f"{lines}{line}\n")
         assert_refused("function_calling_train.jsonl, line 33")
     split.write_text(lines)
-    assert_refused("tiny-gemma")  # the model is neither here nor in the cache of the Hub
+    assert_refused("tiny-gemma")  # the model is neither a folder nor in the cache
     shutil.copytree(tiny_model, tmp_path / "tiny-gemma")
     assert_refused("--batch-size", flags=["--batch-size", "3"])
     assert_refused("--load-in-4bit needs a CUDA GPU", flags=["--load-in-4bit"])
     assert_refused("0 of 32 conversations", flags=["--max-length", "5"])
     assert_refused("pip install wandb", flags=["--report-to", "wandb"])
-    weights, config = tmp_path / "tiny-gemma/model.safetensors", tmp_path / "tiny-gemma/config.json"
-    whole, gemma = weights.read_bytes(), config.read_text()
-    weights.write_bytes(whole[:1000])
+    weights = tmp_path / "tiny-gemma/model.safetensors"
+    config = tmp_path / "tiny-gemma/config.json"
+    complete_weights = weights.read_bytes()
+    gemma_config = config.read_text()
+    weights.write_bytes(complete_weights[:1000])
     assert_refused("")
     weights.unlink()
-    torch.save({}, tmp_path / "tiny-gemma/pytorch_model.bin")  # a pickle is never read
+    torch.save({}, tmp_path / "tiny-gemma/pytorch_model.bin")  # pickles are never loaded
     assert_refused("tiny-gemma cannot be loaded", "safetensors")
-    weights.write_bytes(whole)
-    (tmp_path / "tiny-gemma/code.py").write_text("raise SystemError")  # nor is a model's own code
+    weights.write_bytes(complete_weights)
+    # The code of a model is never run.
+    (tmp_path / "tiny-gemma/code.py").write_text("raise SystemError")
     llama = {"model_type": "llama", "rope_parameters": None}
     llama["auto_map"] = {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}
-    config.write_text(json.dumps(json.loads(gemma) | llama))
+    config.write_text(json.dumps(json.loads(gemma_config) | llama))
     assert_refused("model type llama", "Only Gemma 3 text models")
-    config.write_text(gemma)
+    config.write_text(gemma_config)
     (tmp_path / "tiny-gemma/adapter_config.json").write_text("{}")
     assert_refused("is a LoRA adapter", "Pass its base model as --model")
     (tmp_path / "tiny-gemma/adapter_config.json").unlink()
@@ -433,13 +446,11 @@ def test_mistakes_end_in_one_line_and_the_corrected_command_just_works(
     assert process.returncode == 0, process.stderr
 
 
-# ---- Folders, and runs that are stopped
+# ---- Output folders and stopped runs
 
 
 @pytest.mark.parametrize("folder", [".", "notes"])
-def test_a_folder_with_other_files_is_refused_and_left_as_it_is(
-    folder, tiny_model, flags, tmp_path
-):
+def test_a_folder_with_other_files_is_refused_and_not_changed(folder, tiny_model, flags, tmp_path):
     (tmp_path / "notes").mkdir()
     for path in (tmp_path / "README.md", tmp_path / "notes/todo.txt"):
         path.write_text("mine")
@@ -493,7 +504,7 @@ train.main(sys.argv[1:-1])
 
 @pytest.mark.slow
 @pytest.mark.parametrize("length", [["--max-steps", "4"], ["--epochs", "0.7"]])
-def test_resumed_after_its_last_step_a_run_does_not_train_one_more(
+def test_a_run_resumed_after_its_last_step_trains_no_further_step(
     length, tiny_model, flags, tmp_path
 ):
     command = [*flags, "--model", str(tiny_model), *length, "--output-dir"]
@@ -515,7 +526,7 @@ def test_resumed_after_its_last_step_a_run_does_not_train_one_more(
 
 
 @pytest.mark.slow
-def test_a_second_run_in_the_same_folder_is_refused_while_the_first_one_lives(
+def test_a_second_run_in_the_same_folder_is_refused_while_the_first_is_running(
     tiny_model, flags, tmp_path
 ):
     command = [*flags, "--model", str(tiny_model), "--max-steps", "2", "--output-dir", "run"]
@@ -535,7 +546,7 @@ def test_a_second_run_in_the_same_folder_is_refused_while_the_first_one_lives(
     assert not (tmp_path / "run-checkpoints").exists()
 
 
-def test_the_time_of_a_resumed_run_includes_the_part_before(build):
+def test_the_time_of_a_resumed_run_includes_the_time_before_the_interruption(build):
     trainer, _ = build()
     progress = next(
         callback
@@ -549,10 +560,10 @@ def test_the_time_of_a_resumed_run_includes_the_part_before(build):
     assert trainer.state.log_history[-1]["seconds"] == pytest.approx(150.0, abs=5.0)
 
 
-# ---- What a run says
+# ---- Messages, plot and model card
 
 
-def test_the_next_commands_can_be_pasted_and_include_the_baseline_until_it_is_there(
+def test_the_next_commands_can_be_pasted_and_include_a_missing_baseline(
     tiny_model, splits, tmp_path
 ):
     data = shutil.copytree(splits, tmp_path / "my data")
@@ -563,14 +574,15 @@ def test_the_next_commands_can_be_pasted_and_include_the_baseline_until_it_is_th
     process = run_here(SCRIPT, *command, cwd=tmp_path)
     common = "python evaluation.py --model 'tiny model'"
     test = "--test-file 'my data/function_calling_test.jsonl'"
-    tuned = f"{common} --adapter 'my run' {test}"
+    fine_tuned = f"{common} --adapter 'my run' {test}"
     baseline = f"python evaluation.py --baseline --model 'tiny model' {test}"
-    assert process.stdout.endswith(f"Next        {baseline}\n            {tuned}\n")
+    assert process.stdout.endswith(f"Next        {baseline}\n            {fine_tuned}\n")
     results = tmp_path / "evaluation_results/tiny model/baseline"
     results.mkdir(parents=True)
     (results / "metrics.json").write_text("{}")
     process = run_here(SCRIPT, *command, "--resume", cwd=tmp_path)
-    assert process.stdout.endswith(f"Next        {tuned}\n") and "baseline" not in process.stdout
+    assert process.stdout.endswith(f"Next        {fine_tuned}\n")
+    assert "baseline" not in process.stdout
     args = train.parse_args([])
     assert train.evaluation_command(args) == "python evaluation.py"
     args = train.parse_args(["--revision", "v1"])
@@ -579,7 +591,9 @@ def test_the_next_commands_can_be_pasted_and_include_the_baseline_until_it_is_th
     )
 
 
-def test_progress_outside_a_terminal_is_a_few_lines_with_the_time_left(tiny_model, flags, tmp_path):
+def test_progress_outside_a_terminal_is_a_few_lines_with_the_remaining_time(
+    tiny_model, flags, tmp_path
+):
     process = run_here(SCRIPT, *flags, "--model", tiny_model, cwd=tmp_path)
     lines = [line.split()[0] for line in process.stdout.splitlines()]
     assert lines == ["Model", "Data", *["Step"] * 4, "Trained", "Adapter", "Next", "python"]
@@ -626,14 +640,14 @@ def test_the_plot_marks_the_saved_checkpoint_and_shows_a_run_of_one_step(history
     star = lines.pop(f"saved: step 1, {best:.4f}")
     assert (list(star.get_xdata()), list(star.get_ydata())) == ([1], [best])
     assert list(lines) == ["training", "validation"]
-    assert all(line.get_marker() != "None" for line in lines.values())  # one point is visible
+    assert all(line.get_marker() != "None" for line in lines.values())  # a single point is visible
 
 
-def test_the_model_card_is_valid_for_the_hub_and_its_python_runs(finished, flags, capsys):
+def test_the_model_card_is_valid_for_the_hub_and_its_snippet_runs(finished, flags, capsys):
     card = (finished.adapter / "README.md").read_text()
     metadata = ModelCard(card).data
     assert metadata.license == "gemma" and metadata.library_name == "peft"
-    assert metadata.base_model is None  # a local folder has no hub id
+    assert metadata.base_model is None  # a local folder has no Hub id
     assert metadata.datasets is None and "Apache" not in card
     assert "Not evaluated yet." in card and "vllm serve" in card
     snippet = re.search("```python\n(.*?)```", card, re.DOTALL)[1]
@@ -643,7 +657,7 @@ def test_the_model_card_is_valid_for_the_hub_and_its_python_runs(finished, flags
     assert capsys.readouterr().out.strip()
 
 
-def test_the_model_card_of_the_published_data_has_its_license_and_the_scores_of_its_weights(
+def test_the_model_card_contains_the_license_of_the_published_data_and_the_scores(
     finished, tiny_model, splits, tmp_path, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)
@@ -655,7 +669,7 @@ def test_the_model_card_of_the_published_data_has_its_license_and_the_scores_of_
     sha256 = hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest()
     score = {"value": 0.5, "n": 8, "interval": [0.25, 0.75]}
     unknown = {"value": None, "n": 0, "interval": None}
-    for label, weights in (("other", "0" * 64), ("tuned", sha256)):
+    for label, weights in (("other", "0" * 64), ("fine-tuned", sha256)):
         results = tmp_path / "evaluation_results" / tiny_model.name / label
         results.mkdir(parents=True)
         scores = {"function_calling": score | {"n": len(label)}, "valid_call": unknown}
@@ -671,20 +685,23 @@ def test_the_model_card_of_the_published_data_has_its_license_and_the_scores_of_
     assert metadata.base_model == str(tiny_model) and metadata.license == "gemma"
     assert metadata.datasets == ["NousResearch/hermes-function-calling-v1"]
     assert "The training data is licensed under Apache-2.0." in card
-    assert "| function calling | 0.500 | 0.250, 0.750 | 5 |" in card  # not those of "other"
+    # The other run has n = 5.
+    assert "| function calling | 0.500 | 0.250, 0.750 | 10 |" in card
     assert "valid call" not in card and 'adapter = "me/adapter"' in card
 
 
-# ---- The hardware
+# ---- Hardware
 
-MEASURED = {  # bytes that one layer keeps for a token: estimate_memory.py --measure
+# The number of layers, the bytes that one layer keeps for a token (measured by
+# estimate_memory.py --measure) and the bytes of the weights
+MEASURED = {
     ("270m", "bfloat16"): (18, 72_036, 0.54e9),
     ("270m", "float32"): (18, 101_900, 1.07e9),
     ("1b", "bfloat16"): (26, 155_108, 2.00e9),
     ("1b", "float32"): (26, 227_868, 4.00e9),
 }
 GPUS = [15.6e9, 23.6e9, 42.3e9, 47.6e9, 85.0e9]  # T4, L4, A100, L40S, A100 or H100
-# The cells of README's table: tokens of each of four conversations that are kept, or all 4,096
+# The longest conversations, in tokens and up to 4,096, of which four fit without checkpointing
 LONGEST = {
     ("270m", "bfloat16"): [2155, 3505, 4096, 4096, 4096],
     ("270m", "float32"): [1449, 2401, 4096, 4096, 4096],
@@ -700,7 +717,7 @@ CELLS = [
 
 @pytest.fixture
 def build_on_cuda(tiny_model, splits, tmp_path, monkeypatch):
-    """Build a trainer as on a GPU, from a model that says it has a given shape."""
+    """Build a trainer as on a GPU, for a tiny model whose configuration has a real shape."""
 
     def build(shape, dtype, memory, lengths, *flags):
         monkeypatch.setattr(train, "local_rank", lambda: 3)
@@ -730,12 +747,13 @@ def build_on_cuda(tiny_model, splits, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("shape, dtype, memory, length", CELLS)
-def test_activations_are_recomputed_when_the_gpu_cannot_keep_the_longest_batch(
+def test_activations_are_recomputed_if_the_longest_batch_does_not_fit_the_gpu(
     shape, dtype, memory, length, build_on_cuda
 ):
     num_layers, layer_bytes, weight_bytes = MEASURED[shape, dtype]
 
-    def needed(tokens):  # from the measurement, with 2 GB for all else
+    def needed(tokens):
+        """The measured bytes, and 2 GB for the rest."""
         return weight_bytes + 2e9 + num_layers * layer_bytes * 4 * tokens
 
     lengths = [7, length - 50, 9, 3]
@@ -746,10 +764,10 @@ def test_activations_are_recomputed_when_the_gpu_cannot_keep_the_longest_batch(
     if length < 4096:
         trainer, _ = build_on_cuda(shape, dtype, memory, [7, length + 50, 9, 3])
         assert trainer.args.activation_checkpointing
-        assert needed(length * 1.06) > 0.9 * memory  # the rule wastes little
+        assert needed(length * 1.06) > 0.9 * memory  # the estimate is not much too high
 
 
-def test_the_cuda_branch_makes_one_batch_of_a_step_and_leaves_the_loss_to_trl(build_on_cuda):
+def test_on_cuda_a_step_is_one_batch_and_trl_computes_the_loss(build_on_cuda):
     shape = ("270m", "bfloat16", 85e9, [20, 30, 40, 50, 60, 70, 80, 90])
     trainer, _ = build_on_cuda(*shape)
     assert trainer.args.bf16 and not trainer.args.use_cpu
@@ -768,7 +786,7 @@ def test_the_cuda_branch_makes_one_batch_of_a_step_and_leaves_the_loss_to_trl(bu
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_the_estimate_of_kept_activations_is_a_little_above_the_measured_bytes(dtype):
+def test_the_memory_estimate_is_slightly_above_the_measured_bytes(dtype):
     measured = estimate_memory.measure_activations("270m", dtype)
     model = estimate_memory.make_empty_model("270m", dtype)
     one, two = (train.estimate_memory(model, tokens, False) for tokens in (1000, 2000))
@@ -777,13 +795,13 @@ def test_the_estimate_of_kept_activations_is_a_little_above_the_measured_bytes(d
     assert train.estimate_memory(model, 16_384, True) < train.estimate_memory(model, 16_384, False)
 
 
-def test_loss_on_all_tokens_is_left_to_trl(build):
+def test_trl_computes_the_loss_on_all_tokens(build):
     trainer, _ = build("--loss-on", "all")
     assert not isinstance(trainer, train.LabelledTrainer)
     assert isinstance(build()[0], train.LabelledTrainer)
 
 
-def test_help_answers_before_the_heavy_libraries_are_imported():
+def test_help_is_printed_without_importing_the_heavy_libraries():
     code = "import function_calling_train, sys; function_calling_train.parse_args([]);"
     code += "print([name for name in ('torch', 'transformers', 'numpy') if name in sys.modules])"
     process = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)

@@ -1,14 +1,17 @@
-"""Query a server as an application does, through OpenAI's client with `tools=`.
+"""Query a server as an application does: through the OpenAI client, with `tools`.
 
     pip install openai
-    python tests/benchmarks/ask_with_tools.py --server http://127.0.0.1:8000/v1 --server-model fc
+    python tests/benchmarks/ask_with_tools.py --server http://127.0.0.1:8000/v1 --server-model NAME
     python evaluation.py --model MODEL --predictions with_tools.jsonl
 
-The queries are those of evaluation.py. That script sends their prompts as they are in the split.
-This one sends the declared tools in `tools` and the calls of earlier turns in `tool_calls`, and
-leaves the rest to the server's chat template and tool parser. Prompts that describe their tools in
-other words than step 1 does are sent as they are. The last command scores the answers.
+The queries are those of evaluation.py, which sends each prompt as it is in the split. This script
+sends the declared tools as `tools` and the calls of earlier turns as `tool_calls`. The chat
+template of the server renders them, and its tool parser reads the calls in the answer. A prompt
+that does not describe its tools in the wording of step 1 is sent unchanged. The last command scores
+the answers.
 """
+
+from __future__ import annotations
 
 import argparse
 import json
@@ -22,40 +25,57 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 import evaluation
 
 
-def to_openai(messages: list[dict], wording: dict) -> list[dict]:
-    """The turns of a split as OpenAI's messages, without the wording of step 1 and its tools."""
-    written = []
+def convert_tool_turn(text: str) -> list[dict]:
+    """Convert a turn of tool results, whose ids are the positions of their calls."""
+    results = re.findall("<tool_response>\n(.*?)\n</tool_response>", text, re.DOTALL)
+    messages = []
+    for number, result in enumerate(results or [text]):
+        messages.append({"role": "tool", "content": result, "tool_call_id": str(number)})
+    return messages
+
+
+def convert_calls(text: str, calls: list[dict]) -> dict:
+    """Convert a model turn that contains these calls."""
+    tool_calls = []
+    for number, call in enumerate(calls):
+        arguments = json.dumps(call["arguments"], ensure_ascii=False)
+        function = {"name": call["name"], "arguments": arguments}
+        tool_calls.append({"id": str(number), "type": "function", "function": function})
+    text_before = text.partition("<tool_call>")[0].rstrip()
+    return {"role": "assistant", "content": text_before or None, "tool_calls": tool_calls}
+
+
+def convert_user_turn(text: str, wording: dict[str, str]) -> list[dict]:
+    """Convert a user turn. If it describes the tools as step 1 does, remove their description."""
+    system, _, rest = text.partition(wording["before_tools"])
+    _, _, request = rest.partition(wording["after_tools"] + wording["before_request"])
+    if not request:
+        return [{"role": "user", "content": text}]
+    messages = [{"role": "user", "content": request}]
+    if system:
+        messages.insert(0, {"role": "system", "content": system.removesuffix("\n\n")})
+    return messages
+
+
+def to_openai(messages: list[dict], wording: dict[str, str]) -> list[dict]:
+    """Convert the turns of a split to OpenAI-style messages without the description of tools."""
+    converted = []
     for message in messages:
-        role = message["role"]
         text = message["content"]
-        calls = evaluation.parse_calls(text) if role == "assistant" else None
-        results = re.findall("<tool_response>\n(.*?)\n</tool_response>", text, re.DOTALL)
-        system, _, rest = text.partition(wording["before_tools"])
-        request = rest.partition(wording["after_tools"] + wording["before_request"])[2]
-        if role == "tool":
-            for number, result in enumerate(results or [text]):
-                written.append({"role": role, "content": result, "tool_call_id": str(number)})
-        elif calls:
-            text = text.partition("<tool_call>")[0].rstrip() or None
-            tool_calls = [to_tool_call(number, call) for number, call in enumerate(calls)]
-            written.append({"role": role, "content": text, "tool_calls": tool_calls})
-        elif request:
-            if system:
-                written.append({"role": "system", "content": system.removesuffix("\n\n")})
-            written.append({"role": role, "content": request})
+        if message["role"] == "tool":
+            converted += convert_tool_turn(text)
+        elif message["role"] == "user":
+            converted += convert_user_turn(text, wording)
         else:
-            written.append({"role": role, "content": text})
-    return written
+            calls = evaluation.parse_calls(text)
+            converted.append(
+                convert_calls(text, calls) if calls else {"role": "assistant", "content": text}
+            )
+    return converted
 
 
-def to_tool_call(number: int, call: dict) -> dict:
-    arguments = json.dumps(call["arguments"], ensure_ascii=False)
-    function = {"name": call["name"], "arguments": arguments}
-    return {"id": str(number), "type": "function", "function": function}
-
-
-def ask_all(queries: list[dict], wording: dict, args: argparse.Namespace) -> list[dict]:
-    """Return the server's answers as lines for --predictions."""
+def ask_all(queries: list[dict], wording: dict[str, str], args: argparse.Namespace) -> list[dict]:
+    """Return the answers of the server in the layout that evaluation.py --predictions reads."""
     from openai import OpenAI
 
     client = OpenAI(
@@ -65,13 +85,16 @@ def ask_all(queries: list[dict], wording: dict, args: argparse.Namespace) -> lis
     )
 
     def ask(query: dict) -> dict:
+        options = {}
         tools = json.loads(query["tools"] or "[]")
+        if tools:
+            options["tools"] = tools
         reply = client.chat.completions.create(
             model=args.server_model,
             messages=to_openai(query["prompt"], wording),
             max_tokens=args.max_new_tokens,
             temperature=0,
-            **({"tools": tools} if tools else {}),
+            **options,
         )
         choice = reply.choices[0]
         return {
@@ -88,35 +111,46 @@ def ask_all(queries: list[dict], wording: dict, args: argparse.Namespace) -> lis
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument(
-        "--server", required=True, metavar="URL", help="Base URL, for example http://host:8000/v1."
+        "--server",
+        required=True,
+        metavar="URL",
+        help="Base URL of an OpenAI-compatible server, such as http://127.0.0.1:8000/v1.",
     )
     parser.add_argument(
-        "--server-model", required=True, metavar="NAME", help="Name of the served model."
+        "--server-model",
+        required=True,
+        metavar="NAME",
+        help="Name of the model on the server.",
     )
     parser.add_argument(
         "--test-file",
         type=Path,
         default=evaluation.DEFAULT_TEST_FILE,
-        help="Test split written by step 1. (default: %(default)s)",
+        help="Test split written by step 1 (default: %(default)s).",
     )
     parser.add_argument(
         "--output",
         type=Path,
         default=Path("with_tools.jsonl"),
-        help="File for the answers. (default: %(default)s)",
+        help="File for the answers (default: %(default)s).",
     )
-    parser.add_argument("--limit", type=int, help="Ask only the first N conversations.")
+    parser.add_argument(
+        "--limit",
+        type=int,
+        metavar="N",
+        help="Use only the first N conversations of the test split.",
+    )
     parser.add_argument(
         "--max-new-tokens",
         type=int,
         default=evaluation.DEFAULT_MAX_NEW_TOKENS,
-        help="Maximum length of an output in tokens. (default: %(default)s)",
+        help="Maximum length of an answer in tokens (default: %(default)s).",
     )
     parser.add_argument(
         "--concurrency",
         type=int,
         default=8,
-        help="Number of requests to send at once. (default: %(default)s)",
+        help="Number of requests to send at once (default: %(default)s).",
     )
     return parser.parse_args()
 

@@ -1,67 +1,96 @@
-"""How fast and how lean training is, beside two other ways to do it, one after the other.
+"""Compare the speed and memory of training with those of TRL alone and the published recipe.
 
     python tests/benchmarks/bench_training.py --threads 1
     python tests/benchmarks/bench_training.py --model-shape 1b
     python tests/benchmarks/bench_training.py --model FOLDER --data processed_data/...train.jsonl
 
-*ours* is function_calling_train.py without flags: its own loading, LoRA and trainer.
+Three variants train one after the other, each in a process of its own:
 
-*trl* is TRL's own SFTTrainer as train_with_trl.py has it, in bf16 where ours is (its own
-default is bf16 everywhere, which most CPUs only imitate).
+- ours: function_calling_train.py without flags.
+- trl: TRL's SFTTrainer with its defaults, as in train_with_trl.py.
+- published: the published recipe with current libraries. LoRA also covers the embeddings and the
+  head, all tokens carry loss, attention is eager, and activation checkpointing is on. Conversations
+  are processed one at a time, and the gradients of four are accumulated. The base model is bfloat16
+  on a GPU that supports it.
 
-*published* is the published recipe in the options of today's libraries: LoRA on embeddings and head
-too (so it is a plain Trainer: TRL refuses LoRA on the head), loss on all tokens, eager attention,
-one conversation at a time, four accumulated to a step, activation checkpointing, and bf16 where a
-GPU has it.
-
-All train on the same conversations in the same order and with the same seed. The first step is not
-timed; validation and checkpoints are left out. Tokens are without padding. On a machine that does
-other work too, processor seconds are the fairer measure. On one core the defaults take some seven
-minutes.
+All variants train on the same conversations in the same order. The first step is not timed, and
+there are no validations or checkpoints. Token counts exclude padding. If other programs use the
+machine, compare CPU seconds. The defaults take about seven minutes on one core.
 """
 
+from __future__ import annotations
+
+import argparse
 import json
 import time
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
 import train_with_trl
-import workload
+import workload  # makes the three scripts importable
 
-SIDES = ["published", "trl", "ours"]
+import function_calling_train as train
+
+if TYPE_CHECKING:
+    import torch
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase, Trainer
+
+VARIANTS = ["published", "trl", "ours"]
+CONVERSATIONS_PER_STEP = 4
+# More than four per step are written, because training holds out a fifth of the split for
+# validation and drops an incomplete last step.
+WRITTEN_PER_STEP = 6
 
 
-def read_own_inputs(work_dir, flags):
-    """What function_calling_train.py makes of the split: (its arguments, tokenizer, its data)."""
+class PreparedData(NamedTuple):
+    """A split as function_calling_train.py prepares it for training."""
+
+    args: argparse.Namespace
+    tokenizer: PreTrainedTokenizerBase
+    training: Dataset
+    validation: Dataset
+
+
+def prepare_data(work_dir: Path, flags: list[str]) -> PreparedData:
+    """Read and tokenize the split as function_calling_train.py does with these flags."""
     import transformers
-
-    import function_calling_train as train
 
     args = train.parse_args(flags)
     conversations, wording = train.read_split(work_dir / "split.jsonl")
     tokenizer = transformers.AutoTokenizer.from_pretrained(work_dir / "model")
-    template = train.make_template(wording, tokenizer, "model-turns")
+    template = train.make_template(wording, tokenizer, args.loss_on)
     training, validation, _ = train.build_datasets(conversations, tokenizer, template, args)
-    return args, tokenizer, training, validation
+    return PreparedData(args, tokenizer, training, validation)
 
 
-def build_published(work_dir, num_steps):
+def build_published(work_dir: Path, num_steps: int) -> Trainer:
+    """Build a trainer for the published recipe.
+
+    It is a Trainer and not an SFTTrainer, because TRL refuses LoRA on the head.
+    """
     import torch
     import transformers
     from peft import LoraConfig, get_peft_model
 
-    import function_calling_train as train
-
-    *_, training, _ = read_own_inputs(work_dir, ["--loss-on", "all"])
+    data = prepare_data(work_dir, ["--loss-on", "all"])
     device, dtype = train.choose_device()
-    options = {"dtype": dtype if device == "cuda" else torch.float32}
+    if device != "cuda":
+        dtype = torch.float32
     model = transformers.AutoModelForCausalLM.from_pretrained(
-        work_dir / "model", attn_implementation="eager", **options
+        work_dir / "model", attn_implementation="eager", dtype=dtype
     )
-    targets = [*train.LORA_TARGETS, "embed_tokens", "lm_head"]
-    lora = {"r": 16, "lora_alpha": 64, "lora_dropout": 0.05, "target_modules": targets}
-    model = get_peft_model(model, LoraConfig(**lora, task_type="CAUSAL_LM"))
-    model.enable_input_require_grads()
+    lora = LoraConfig(
+        r=16,
+        lora_alpha=64,
+        lora_dropout=0.05,
+        target_modules=[*train.LORA_TARGETS, "embed_tokens", "lm_head"],
+        task_type="CAUSAL_LM",
+    )
+    model = get_peft_model(model, lora)
+    model.enable_input_require_grads()  # activation checkpointing with frozen weights needs it
 
-    def collate(rows):
+    def collate(rows: list[dict]) -> dict[str, torch.Tensor]:
         ids = torch.tensor([row["input_ids"] for row in rows])
         return {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}
 
@@ -69,94 +98,125 @@ def build_published(work_dir, num_steps):
         output_dir=work_dir / "published",
         max_steps=num_steps,
         per_device_train_batch_size=1,
-        gradient_accumulation_steps=4,
+        gradient_accumulation_steps=CONVERSATIONS_PER_STEP,
         activation_checkpointing=True,
         learning_rate=1e-4,
         lr_scheduler_type="cosine",
         warmup_steps=0.1,
         weight_decay=0.1,
-        bf16=options["dtype"] == torch.bfloat16,
+        bf16=dtype == torch.bfloat16,
     )
-    return transformers.Trainer(model, config, train_dataset=training, data_collator=collate)
+    return transformers.Trainer(model, config, train_dataset=data.training, data_collator=collate)
 
 
-def build_trl(work_dir, num_steps):
-    import torch
-
-    import function_calling_train as train
-
-    _, dtype = train.choose_device()
-    settings = {"max_steps": num_steps, "bf16": dtype == torch.bfloat16}
-    files = work_dir / "model", work_dir / "split.jsonl"
-    return train_with_trl.build_trainer(*files, work_dir / "trl", **settings)
+def build_trl(work_dir: Path, num_steps: int) -> Trainer:
+    """Build the trainer of train_with_trl.py."""
+    return train_with_trl.build_trainer(
+        work_dir / "model", work_dir / "split.jsonl", work_dir / "trl", max_steps=num_steps
+    )
 
 
-def build_ours(work_dir, num_steps):
-    import function_calling_train as train
-
-    args, *data = read_own_inputs(work_dir, ["--max-steps", str(num_steps)])
+def build_ours(work_dir: Path, num_steps: int) -> Trainer:
+    """Build the trainer of function_calling_train.py."""
+    data = prepare_data(work_dir, ["--max-steps", str(num_steps)])
     device, dtype = train.choose_device()
     model, _ = train.load_model(work_dir / "model", dtype)
-    return train.build_trainer(model, *data, args, work_dir / "ours", device)
+    return train.build_trainer(
+        model,
+        data.tokenizer,
+        data.training,
+        data.validation,
+        data.args,
+        work_dir / "ours",
+        device,
+    )
 
 
-def measure(args):
-    """Train one side; returns a dict of what was measured."""
+class Reading(NamedTuple):
+    """What the clocks and counters say at the end of a step."""
+
+    seconds: float
+    cpu_seconds: float
+    num_tokens: int
+
+
+def time_steps(trainer: Trainer) -> list[Reading]:
+    """Train, and take a reading at the end of each step."""
     import torch
+    import transformers
+
+    readings = []
+
+    class TakeReadings(transformers.TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs) -> None:
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            readings.append(
+                Reading(time.perf_counter(), time.process_time(), state.num_input_tokens_seen)
+            )
+
+    trainer.add_callback(TakeReadings())
+    trainer.train()
+    return readings
+
+
+def measure(args: argparse.Namespace) -> dict[str, float]:
+    """Train one variant and return its measurements."""
     import transformers
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    build = {"published": build_published, "trl": build_trl, "ours": build_ours}[args.side]
-    trainer = build(args.work_dir, args.steps)
+    builders = {"published": build_published, "trl": build_trl, "ours": build_ours}
+    trainer = builders[args.variant](args.work_dir, args.steps)
     trainer.args.train_sampling_strategy = "sequential"  # the same conversations in each step
-    trainer.args.eval_strategy = trainer.args.save_strategy = "no"
+    trainer.args.eval_strategy = "no"
+    trainer.args.save_strategy = "no"
     trainer.args.include_num_input_tokens_seen = "non_padding"
-    readings = []  # at the end of each step: seconds, processor seconds, tokens so far
-
-    class Clock(transformers.TrainerCallback):
-        def on_step_end(self, _, state, *__, **___):
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            clocks = time.perf_counter(), time.process_time()
-            readings.append((*clocks, state.num_input_tokens_seen))
-
-    trainer.add_callback(Clock())
-    trainer.train()
-    first, *_, last = readings
-    seconds, cpu_seconds, num_tokens = (b - a for a, b in zip(first, last, strict=True))
+    readings = time_steps(trainer)
+    first = readings[0]
+    last = readings[-1]
+    seconds = last.seconds - first.seconds
+    num_tokens = last.num_tokens - first.num_tokens
     num_steps = len(readings) - 1
     return {
         "tokens_per_second": num_tokens / seconds,
         "seconds_per_step": seconds / num_steps,
-        "cpu_seconds_per_step": cpu_seconds / num_steps,
+        "cpu_seconds_per_step": (last.cpu_seconds - first.cpu_seconds) / num_steps,
         "tokens_per_step": num_tokens / num_steps,
         "peak_gb": workload.peak_memory(),
     }
 
 
-def main():
-    def add_arguments(parser):
-        text = "steps of four conversations, the first is not timed (default: 2)"
-        parser.add_argument("--steps", type=int, default=2, help=text)
-
-    args = workload.parse_args(__doc__.splitlines()[0], add_arguments)
+def parse_args() -> argparse.Namespace:
+    parser = workload.build_parser(__doc__.splitlines()[0])
+    parser.add_argument(
+        "--steps",
+        type=int,
+        default=2,
+        help="Optimizer steps of four conversations. The first one is not timed "
+        "(default: %(default)s).",
+    )
+    args = workload.parse_args(parser)
     if args.steps < 2:
-        raise SystemExit("error: --steps must be at least 2")
-    if args.side:
+        parser.error(f"--steps {args.steps} must be at least 2")
+    return args
+
+
+def main() -> None:
+    args = parse_args()
+    if args.variant:
         print("\n" + json.dumps(measure(args)))
         return
-    # A fifth is left out to validate with, and ours drops what fills no step.
-    results = workload.run_sides(__file__, SIDES, args, 6 * args.steps)
-    rows = [
-        ("tokens/s", "tokens_per_second", "{:,.1f}"),
-        ("seconds a step", "seconds_per_step", "{:,.2f}"),
-        ("processor seconds a step", "cpu_seconds_per_step", "{:,.2f}"),
-        ("tokens a step", "tokens_per_step", "{:,.0f}"),
-        ("peak memory (GB)", "peak_gb", "{:,.2f}"),
+    results = workload.run_variants(__file__, VARIANTS, args, WRITTEN_PER_STEP * args.steps)
+    metrics = [
+        workload.Metric("tokens per second", "tokens_per_second", "{:,.1f}"),
+        workload.Metric("seconds per step", "seconds_per_step", "{:,.2f}"),
+        workload.Metric("CPU seconds per step", "cpu_seconds_per_step", "{:,.2f}"),
+        workload.Metric("tokens per step", "tokens_per_step", "{:,.0f}"),
+        workload.Metric("peak memory (GB)", "peak_gb", "{:,.2f}"),
     ]
-    title = f"Training, {args.steps} steps of 4 conversations"
-    workload.print_results(title, args, rows, results, "trl")
+    title = f"Training, {args.steps} steps of {CONVERSATIONS_PER_STEP} conversations"
+    workload.print_results(title, args, metrics, results, reference="trl")
 
 
 if __name__ == "__main__":
