@@ -378,6 +378,9 @@ def test_user_mistakes_print_one_line(tiny_model, splits, finished, tmp_path):
     (tmp_path / "rows.json").write_text(json.dumps([good], indent=1))
     (tmp_path / "rows.jsonl").write_text('{"conversations": [], "tools": []}\n')
     (tmp_path / "no model").mkdir()
+    (tmp_path / "unfinished").mkdir()
+    (tmp_path / "unfinished-checkpoints").mkdir()
+    (tmp_path / "unfinished-checkpoints/run.json").write_text("{}")
     not_a_split = "does not have the format of a split"
     for model, flags, words in [
         (tiny_model, [], ["not found", f"function_calling_train.py --model {tiny_model}"]),
@@ -389,6 +392,7 @@ def test_user_mistakes_print_one_line(tiny_model, splits, finished, tmp_path):
         (tmp_path / "no model", ["--baseline"], ["no model", "tokenizer.json"]),
         ("google/not-in-the-cache", ["--baseline"], ["google/not-in-the-cache", "HF_HUB_OFFLINE"]),
         (tiny_model, ["--adapter", tmp_path / "no model"], ["training_run.json"]),
+        (tiny_model, ["--adapter", "unfinished"], ["is not finished", "again with --resume"]),
         (finished.adapter, ["--baseline"], ["is an adapter"]),
         (tiny_model, ["--predictions", "q.jsonl"], ["q.jsonl: No such file"]),
         (tiny_model, ["--rescore"], ["fine-tuned contains no evaluation"]),
@@ -449,3 +453,13 @@ def test_an_adapter_trained_on_a_different_train_split_causes_a_warning(
         file.write("\n")
     evaluation.find_adapter(args)
     assert "was trained on another train split" in capsys.readouterr().err
+
+
+def test_a_report_on_an_incomplete_run_says_that_queries_are_missing(tiny_model, splits, tmp_path):
+    test_file = ["--test-file", splits / "function_calling_test.jsonl", "--max-new-tokens", "2"]
+    command = ["--model", tiny_model, *test_file, "--baseline"]
+    process = run_here(SCRIPT, *command, "--limit", "1", cwd=tmp_path)
+    assert process.returncode == 0 and "Next " in process.stdout
+    process = run_here(SCRIPT, *command, "--show-failures", "1", cwd=tmp_path)
+    assert process.returncode == 0, process.stderr
+    assert re.search(r"Unfinished  \d+ queries have no output yet. Use --resume", process.stdout)

@@ -611,7 +611,7 @@ def test_any_two_runs_can_be_compared_and_only_the_reported_run_is_written(tmp_p
     score_rows(tmp_path, ANSWERS, name="b.jsonl")
     other = {path.name: path.read_bytes() for path in (results / "predictions-a").iterdir()}
     flags = ["--compare-with", str(results / "predictions-a")]
-    score_rows(tmp_path, ANSWERS, "--rescore", *flags, name="b.jsonl")
+    score_rows(tmp_path, ANSWERS, *flags, name="b.jsonl")  # existing predictions are reused
     metrics = read_metrics(results / "predictions-b")
     assert metrics["difference"]["turn_right"]["value"] == 1 / 2
     assert metrics["comparison"]["scores"]["turn_right"]["value"] == 0
@@ -749,6 +749,16 @@ def test_the_plot_has_one_bar_for_each_run_that_measured_a_score(tmp_path, monke
     }
     evaluation.plot_scores(columns, "m: baseline and fine-tuned", tmp_path / "x.png")
     (axes,) = figures[0].axes
+    colors = {bars.get_label(): bars[0].get_facecolor() for bars in axes.containers}
+    for order in (["fine-tuned", "baseline"], ["baseline"]):
+        chosen = {label: columns[label] for label in order}
+        evaluation.plot_scores(chosen, "m", tmp_path / "x.png")
+        reported = figures[-1].axes[0].containers[-1][0].get_facecolor()
+        # The reported run is the last one, and its color differs from that of the run it is
+        # compared with. A baseline alone has the color that it has in a comparison.
+        expected = "fine-tuned" if len(order) == 2 else "baseline"
+        assert reported == colors[expected]
+    assert colors["baseline"] != colors["fine-tuned"]
     assert [len(bars) for bars in axes.containers] == [1, 2]
     labels = [label.get_text() for label in axes.get_yticklabels()]
     assert [label.splitlines()[0] for label in labels] == ["Exact calls", "Helpful exchange"]

@@ -650,6 +650,7 @@ def test_the_model_card_is_valid_for_the_hub_and_its_snippet_runs(finished, flag
     assert metadata.base_model is None  # a local folder has no Hub id
     assert metadata.datasets is None and "Apache" not in card
     assert "Not evaluated yet." in card and "vllm serve" in card
+    assert "local data: 24 conversations for training, 7 for validation" in card
     snippet = re.search("```python\n(.*?)```", card, re.DOTALL)[1]
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(finished.adapter.parent)
@@ -672,8 +673,9 @@ def test_the_model_card_contains_the_license_of_the_published_data_and_the_score
     for label, weights in (("other", "0" * 64), ("fine-tuned", sha256)):
         results = tmp_path / "evaluation_results" / tiny_model.name / label
         results.mkdir(parents=True)
-        scores = {"function_calling": score | {"n": len(label)}, "valid_call": unknown}
-        metrics = {"run": {"adapter_sha256": weights}, "scores": scores}
+        scores = {"turn_right": score | {"n": len(label)}, "valid_call": unknown}
+        labels = {"turn_right": "exact calls", "valid_call": "valid calls"}
+        metrics = {"run": {"adapter_sha256": weights}, "scores": scores, "labels": labels}
         (results / "metrics.json").write_text(json.dumps(metrics))
     command = ["--model", str(tiny_model), "--output-dir", "run", "--push-to-hub", "me/adapter"]
     command += ["--train-file", str(data / "function_calling_train.jsonl")]
@@ -686,7 +688,7 @@ def test_the_model_card_contains_the_license_of_the_published_data_and_the_score
     assert metadata.datasets == ["NousResearch/hermes-function-calling-v1"]
     assert "The training data is licensed under Apache-2.0." in card
     # The other run has n = 5.
-    assert "| function calling | 0.500 | 0.250, 0.750 | 10 |" in card
+    assert "| exact calls | 0.500 | 0.250, 0.750 | 10 |" in card
     assert "valid call" not in card and 'adapter = "me/adapter"' in card
 
 
