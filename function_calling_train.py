@@ -46,8 +46,10 @@ LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", 
 
 # The chat template. It renders OpenAI-style messages exactly as step 1 renders a row: tools in the
 # first user turn, calls and results as tagged blocks, neighboring messages of a role as one turn.
-# It has its own JSON macro, because the tojson filter differs between template engines.
-# make_template replaces the names in capitals.
+# It has its own JSON macro, because the tojson filter differs between template engines. Besides
+# Jinja2, the engines of llama.cpp and of phones (MiniJinja) have to read it. In MiniJinja, null is
+# iterable and not none, and the result of split cannot be indexed. make_template replaces the names
+# in capitals.
 CHAT_TEMPLATE = r"""
 {%- macro plain(text) -%}
     {%- set written = namespace(text=text | trim) -%}
@@ -60,23 +62,26 @@ CHAT_TEMPLATE = r"""
 {%- macro json_of(value) -%}
     {%- if value is string -%}
         {{- '"' + value | replace('\\', '\\\\') | replace('"', '\\"') + '"' -}}
-    {%- elif value is iterable -%}
+    {%- elif value is iterable and value | string != 'none' -%}
         {{- '{' if value is mapping else '[' -}}
-        {%- for item in value if value is not mapping or value[item] is not none -%}
+        {%- for item in value if value is not mapping
+                or value[item] is string or value[item] | string | lower != 'none' -%}
             {{- ('' if loop.first else ', ') + json_of(item) -}}
             {{- ': ' + json_of(value[item]) if value is mapping else '' -}}
         {%- endfor -%}
         {{- '}' if value is mapping else ']' -}}
     {%- else -%}
-        {{- 'null' if value is none else value | string | lower -}}
+        {%- set word = value | string | lower -%}
+        {{- 'null' if word == 'none' else word -}}
     {%- endif -%}
 {%- endmacro -%}
 
-{#- Some engines cannot write a character by its number, and then keep control characters. #}
+{#- Some engines cannot format a character from its code point. They leave control characters
+    unescaped. One of them raises an error, and it lacks lipsum, a function that Jinja2 has. #}
 {%- macro json(value) -%}
     {%- set written = namespace(text=json_of(value) | replace('\n', '\\n') | replace('\r', '\\r')
         | replace('\t', '\\t') | replace('\b', '\\b') | replace('\f', '\\f')) -%}
-    {%- for code in range(32) if '%c' | format(65) == 'A' -%}
+    {%- for code in range(32) if lipsum is defined and '%c' | format(65) == 'A' -%}
         {%- set escape = '\\u%04x' | format(code) -%}
         {%- set written.text = written.text | replace('%c' | format(code), escape) -%}
     {%- endfor -%}
@@ -179,7 +184,7 @@ CHAT_TEMPLATE = r"""
         {{- ', "arguments": ' -}}
         {%- if given is not string -%}
             {{- json(given) -}}
-        {%- elif '\\u' in given and '%c' | format(65) == 'A' -%}
+        {%- elif '\\u' in given and lipsum is defined and '%c' | format(65) == 'A' -%}
             {{- plain_letters(given | trim) -}}
         {%- else -%}
             {{- given | trim or '{}' -}}
@@ -208,7 +213,7 @@ CHAT_TEMPLATE = r"""
 
 {{- bos_token -}}
 {%- set found = namespace(system='', tools=tools, is_start=true, has_asked=false, text='',
-    calls=[], keys=[], results=[], ordered=[], shows_tools=false, carries_loss=true) -%}
+    calls=[], call_keys=[], results=[], ordered=[], shows_tools=false, carries_loss=true) -%}
 {%- for message in messages -%}
     {%- set role = role_of(message) -%}
     {%- set ends_turn = loop.last or role_of(messages[loop.index]) != role -%}
@@ -227,8 +232,8 @@ CHAT_TEMPLATE = r"""
             {%- set found.text = found.text + ('\n\n' if found.text else '') + text -%}
         {%- endif -%}
         {%- if ends_turn -%}
-            {%- for piece in (found.system + found.text).split('<tools>')[1:] -%}
-                {%- set block = piece.split('</tools>')[0] | trim -%}
+            {%- for piece in ((found.system + found.text).split('<tools>') | list)[1:] -%}
+                {%- set block = (piece.split('</tools>') | list)[0] | trim -%}
                 {%- for tool in found.tools or [] if '</tools>' in piece -%}
                     {%- set name = (tool.function or tool).name -%}
                     {%- if name and name in block -%}
@@ -272,17 +277,17 @@ CHAT_TEMPLATE = r"""
             {#- in the order of their calls, by id or else by name #}
             {%- for use_id in [true, false] if found.ordered | length != found.results | length -%}
                 {%- set found.ordered = [] -%}
-                {%- set found.keys = [] -%}
+                {%- set found.call_keys = [] -%}
                 {%- for call in found.calls -%}
                     {%- set key = call.id if use_id else (call.function or call).name -%}
                     {%- for result in found.results
-                            if key is defined and key is not none and key not in found.keys -%}
+                            if key is defined and key is not none and key not in found.call_keys -%}
                         {%- set named = result.tool_call_id if use_id else result.name -%}
                         {%- if named is defined and named is not none and named ~ '' == key ~ '' -%}
                             {%- set found.ordered = found.ordered + [result] -%}
                         {%- endif -%}
                     {%- endfor -%}
-                    {%- set found.keys = found.keys + [key] -%}
+                    {%- set found.call_keys = found.call_keys + [key] -%}
                 {%- endfor -%}
             {%- endfor -%}
             {%- if found.ordered | length != found.results | length -%}

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import re
 
 import jinja2
 import pytest
@@ -267,3 +268,11 @@ def test_labels_of_real_rows_are_exactly_the_model_turns():
         expected = "".join(f"{text}<end_of_turn>" for text in said)
         assert tokenizer.decode([token for token, is_said in pairs if is_said]) == expected
         assert tokens["input_ids"].count(tokenizer.bos_token_id) == 1
+
+
+def test_the_template_avoids_what_other_engines_read_differently():
+    """llama.cpp finds methods of dicts in namespaces, and MiniJinja cannot index a split text."""
+    names = set(re.findall(r"\b(?:found|written)\.(\w+)", train.CHAT_TEMPLATE))
+    assert "call_keys" in names and not names & set(dir(dict))
+    assert ".split(" in train.CHAT_TEMPLATE
+    assert not re.search(r"\.split\([^()]*\)\[", train.CHAT_TEMPLATE)
