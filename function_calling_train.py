@@ -1256,7 +1256,7 @@ A LoRA adapter that teaches {base} to call functions.
 | | |
 |---|---|
 | Base model | {base} |
-| Training data | {source}: {training} conversations for training, {validation} for validation |
+| Training data | {source}{conversations} |
 | Recipe | {recipe} |
 | Validation loss | {loss:.4f} nats per token, at step {best_step} of {steps} |
 
@@ -1374,6 +1374,12 @@ def write_model_card(args: argparse.Namespace, training_run: dict) -> None:
         pipeline_tag="text-generation",
         tags=["lora", "function-calling", "gemma-3"],
     )
+    conversations = ""
+    if counts := training_run.get("conversations"):  # adapters of earlier versions lack them
+        conversations = (
+            f": {counts['training']:,} conversations for training, "
+            f"{counts['validation']:,} for validation"
+        )
     address = args.push_to_hub or str(args.output_dir)
     template = f"{address}/chat_template.jinja"
     download = ""
@@ -1390,7 +1396,7 @@ def write_model_card(args: argparse.Namespace, training_run: dict) -> None:
         source=f"[{dataset}](https://huggingface.co/datasets/{dataset})"
         if dataset
         else "local data",
-        **training_run["conversations"],
+        conversations=conversations,
         recipe=RECIPE_IN_WORDS.format(**training_run, steps=steps, precision=precision),
         loss=best_loss(training_run),
         best_step=training_run["best_step"],
