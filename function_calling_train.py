@@ -638,8 +638,8 @@ def find_model(args: argparse.Namespace) -> tuple[Path, str | None]:
     except errors.GatedRepoError as error:
         said = f" (The Hub says: {describe(error.server_message)})" if error.server_message else ""
         fail(
-            f"access to --model {args.model} is restricted. Open the model's page {page}, accept "
-            f"the license, run `hf auth login`, and run this command again.{said}"
+            f"--model {args.model} is gated. Open {page}, accept the license, run `hf auth login`, "
+            f"and run this command again.{said}"
         )
     except errors.RepositoryNotFoundError:
         fail(
