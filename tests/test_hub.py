@@ -125,7 +125,7 @@ def test_gated_absent_and_unreachable_repositories_print_one_line_of_advice(
     page = f"https://huggingface.co/{'' if script == TRAIN else 'datasets/'}{repo[1]}"
     assert_fails_in_one_line(gated, page, "run `hf auth login`", "run this command again")
     if script == TRAIN:
-        assert_fails_in_one_line(gated, f"Open the model's page {page}, accept the license")
+        assert_fails_in_one_line(gated, f"is gated. Open {page}, accept the license")
     hub.url = "http://127.0.0.1:9"  # where no server listens
     assert_fails_in_one_line(run(*command), "network connection" if script == TRAIN else no_network)
     if script == TRAIN:
