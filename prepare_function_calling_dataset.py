@@ -1348,6 +1348,11 @@ def print_summary(info: dict, reports: list[Report], output_dir: Path) -> None:
             "warning: tools are declared but no turn calls one. The model would learn never to "
             "call a tool."
         )
+    if has_calls and not declares_tools:
+        print(
+            "warning: turns call tools, but no row declares any, so no prompt shows them. Put the "
+            'tools of each row into its key "tools".'
+        )
     command = ["python", "function_calling_train.py"]
     if output_dir != DEFAULT_OUTPUT_DIR:
         command += ["--train-file", str(output_dir / SPLIT_FILES["train"])]

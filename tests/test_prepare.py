@@ -287,3 +287,12 @@ def test_reading_calls_from_any_text_raises_no_exception(text):
     messages = [{"role": "assistant", "content": f"{text}<tool_call>{text}</tool_call>"}]
     prepare.inspect_record({"messages": messages, "tools": "[]"}, Counter())
     prepare.collect_tools([text], f"<tools>{text}</tools>", Counter())
+
+
+def test_the_summary_warns_if_turns_call_tools_and_no_row_declares_any(tmp_path, capsys):
+    call = ("function_call", '{"name": "get_weather", "arguments": {}}')
+    rows = [turns(HI, call) | {"tool": [TOOL]}] * 10  # a misspelled key
+    run(write_rows(tmp_path / "rows.jsonl", rows), tmp_path / "out")
+    printed = capsys.readouterr().out
+    assert "warning: turns call tools, but no row declares any" in printed
+    assert 'key "tool" of a row' in printed
