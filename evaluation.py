@@ -1720,7 +1720,7 @@ def draw_report(
         other = comparison.folder
         comparison_name = f"comparison-with-{other.parent.name}-{other.name}.png"
     if "difference" in columns:
-        columns = {title: columns[title] for title in (comparison.label, label)}
+        columns = {run: columns[run] for run in (comparison.label, label)}
         name = comparison_name
         title = f"{model}: {comparison.label} and {label}, {len(comparison.ours):,} queries"
     else:
@@ -1728,6 +1728,28 @@ def draw_report(
         (results_dir / comparison_name).unlink(missing_ok=True)  # an outdated chart
     plot_scores(columns, title, results_dir / name)
     return results_dir / name
+
+
+def make_metrics(
+    run: dict, turns: list[dict], columns: dict[str, dict], comparison: Comparison | None
+) -> dict:
+    """The content of metrics.json."""
+    metrics = summarize(turns)
+    metrics["repeated_queries"] = [key_of(turn) for turn in turns if turn["is_repeated"]]
+    metrics["scores_without_repeated"] = estimate([t for t in turns if not t["is_repeated"]])
+    if comparison:
+        metrics["comparison"] = {
+            "folder": str(comparison.folder),
+            "queries": len(comparison.ours),
+            "not_comparable": comparison.conditions,
+            "also_different": comparison.remarks,
+            "scores": columns.get(comparison.label, {}),
+        }
+    if "difference" in columns:
+        metrics["difference"] = columns["difference"]
+    metrics["labels"] = METRICS
+    metrics["run"] = run
+    return metrics
 
 
 def report_results(
@@ -1754,21 +1776,7 @@ def report_results(
     if compare_dir:
         comparison = compare_runs(run, judged, results_dir, compare_dir, queries, seen_tools)
     columns = make_columns(label, turns, comparison)
-    metrics = summarize(turns)
-    metrics["repeated_queries"] = [key_of(turn) for turn in turns if turn["is_repeated"]]
-    metrics["scores_without_repeated"] = estimate([t for t in turns if not t["is_repeated"]])
-    if comparison:
-        metrics["comparison"] = {
-            "folder": str(comparison.folder),
-            "queries": len(comparison.ours),
-            "not_comparable": comparison.conditions,
-            "also_different": comparison.remarks,
-            "scores": columns.get(comparison.label, {}),
-        }
-    if "difference" in columns:
-        metrics["difference"] = columns["difference"]
-    metrics["labels"] = METRICS
-    metrics["run"] = run
+    metrics = make_metrics(run, turns, columns, comparison)
     path = results_dir / "metrics.json"
     path.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
     chart = draw_report(results_dir, columns, metrics, comparison, not args.compare_with)

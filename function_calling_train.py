@@ -1189,13 +1189,11 @@ def write_results(
     lora.base_model_name_or_path = args.model if is_hub_model else str(model_dir.resolve())
     lora.revision = run["commit"]
     trainer.model.save_pretrained(folder, save_embedding_layers=False)
-    (folder / "README.md").unlink(
-        missing_ok=True
-    )  # PEFT's model card; write_model_card writes ours
+    # The model card of PEFT goes. write_model_card writes ours.
+    (folder / "README.md").unlink(missing_ok=True)
 
-    copy_files(
-        TOKENIZER_FILES, model_dir, folder
-    )  # only the chat template differs from the base model
+    # The tokenizer of the base model; only the chat template differs.
+    copy_files(TOKENIZER_FILES, model_dir, folder)
     (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
     config_path = folder / "tokenizer_config.json"
     config = json.loads(config_path.read_text(encoding="utf-8")) | {"chat_template": template}
@@ -1256,7 +1254,7 @@ A LoRA adapter that teaches {base} to call functions.
 | | |
 |---|---|
 | Base model | {base} |
-| Training data | {source}{conversations} |
+| Training data | {data} |
 | Recipe | {recipe} |
 | Validation loss | {loss:.4f} nats per token, at step {best_step} of {steps} |
 
@@ -1348,6 +1346,17 @@ def describe_scores(args: argparse.Namespace) -> str:
     return "Not evaluated yet."
 
 
+def describe_data(dataset: str | None, counts: dict[str, int] | None) -> str:
+    """The source and size of the training data; adapters of earlier versions lack the counts."""
+    source = f"[{dataset}](https://huggingface.co/datasets/{dataset})" if dataset else "local data"
+    if counts is None:
+        return source
+    return (
+        f"{source}: {counts['training']:,} conversations for training, "
+        f"{counts['validation']:,} for validation"
+    )
+
+
 def best_loss(training_run: dict) -> float:
     """The validation loss of the weights that were kept."""
     history = training_run["log_history"]
@@ -1374,12 +1383,6 @@ def write_model_card(args: argparse.Namespace, training_run: dict) -> None:
         pipeline_tag="text-generation",
         tags=["lora", "function-calling", "gemma-3"],
     )
-    conversations = ""
-    if counts := training_run.get("conversations"):  # adapters of earlier versions lack them
-        conversations = (
-            f": {counts['training']:,} conversations for training, "
-            f"{counts['validation']:,} for validation"
-        )
     address = args.push_to_hub or str(args.output_dir)
     template = f"{address}/chat_template.jinja"
     download = ""
@@ -1393,10 +1396,7 @@ def write_model_card(args: argparse.Namespace, training_run: dict) -> None:
         front_matter=front_matter.to_yaml(),
         name=args.output_dir.name,
         base=args.model,
-        source=f"[{dataset}](https://huggingface.co/datasets/{dataset})"
-        if dataset
-        else "local data",
-        conversations=conversations,
+        data=describe_data(dataset, training_run.get("conversations")),
         recipe=RECIPE_IN_WORDS.format(**training_run, steps=steps, precision=precision),
         loss=best_loss(training_run),
         best_step=training_run["best_step"],

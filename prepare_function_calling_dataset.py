@@ -159,6 +159,10 @@ def is_data_file(name: str) -> bool:
     return Path(name).is_file() or Path(name).suffix in FILE_SUFFIXES
 
 
+def is_local(name: str) -> bool:
+    return is_data_file(name) or Path(name).is_dir()
+
+
 def read_file(path: Path, data: bytes) -> list:
     """Return the rows of a .json, .jsonl, .jsonl.gz or .parquet file, whose content is `data`."""
     if path.suffix == ".parquet":
@@ -221,7 +225,7 @@ def load_rows(
 def load_test_rows(args: argparse.Namespace) -> tuple[list, str]:
     """Load the rows of --test-dataset."""
     name = args.test_dataset
-    if is_data_file(name) or Path(name).is_dir() or "/" in name:
+    if is_local(name) or "/" in name:
         return load_rows(name, None, None, None)
     if is_data_file(args.dataset):
         raise ValueError(
@@ -1171,8 +1175,12 @@ class Report:
             "noticed": {},  # content that is used but looks wrong
         }
 
-    def add(self, kind: str, reason: str, row_number: int, count: int = 1) -> None:
+    def add(
+        self, kind: str, reason: str, row_number: int, count: int = 1, unread: list | None = None
+    ) -> None:
         start = {"count": 0, "rows": 0, "first_row": row_number}
+        if unread:
+            start["unread_in_first_row"] = unread
         entry = self.found[kind].setdefault(reason, start)
         entry["count"] += count
         entry["rows"] += 1
@@ -1210,10 +1218,9 @@ def convert_rows(rows: list, before_request: str, report: Report) -> list[Conver
             reason = str(error)
             if isinstance(error, UnicodeEncodeError):
                 reason = "text that is not valid Unicode (half of a surrogate pair)"
-            report.add("dropped", reason, number)
+            # An unread key is often the cause, for example a misspelled one.
             unread = [content for kind, content in notices if kind == "unread"]
-            if unread:  # often the cause, such as a misspelled key
-                report.found["dropped"][reason].setdefault("unread_in_first_row", unread)
+            report.add("dropped", reason, number, unread=unread)
             converted.append(None)
             continue
         for (kind, reason), count in notices.items():
@@ -1408,7 +1415,7 @@ def main(argv: list[str] | None = None) -> None:
             "revision": args.revision,
             "resolved_revision": reports[0].source.revision,
         },
-        "is_hub_dataset": not is_data_file(args.dataset) and not Path(args.dataset).is_dir(),
+        "is_hub_dataset": not is_local(args.dataset),
         "is_published_split": is_published_split(args),
         "seed": args.seed,
         "prompt": {

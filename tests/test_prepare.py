@@ -218,6 +218,12 @@ def test_the_reason_for_a_dropped_row_names_its_unread_keys(tmp_path):
     entry = info["dropped"]["an empty turn with role assistant"]
     assert (entry["count"], entry["first_row"]) == (1, 6)
     assert entry["unread_in_first_row"] == ['key "tool_call" of a message with role assistant']
+    empty = turns(HI, ("gpt", ""))  # the first row with this reason, and nothing in it is unread
+    rows = write_rows(tmp_path / "rows.jsonl", [*[turns(HI, HELLO)] * 5, empty, bad])
+    _, info = run(rows, tmp_path / "out")
+    assert info["dropped"] == {
+        "an empty turn with role assistant": {"count": 2, "rows": 2, "first_row": 6}
+    }
 
 
 def test_many_reasons_are_cut_short_and_all_of_them_are_in_the_file(tmp_path, capsys):
