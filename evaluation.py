@@ -28,6 +28,7 @@ import re
 import shlex
 import sys
 import textwrap
+import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -411,7 +412,7 @@ def find_adapter(args: argparse.Namespace) -> tuple[Path, str | None]:
         if Path(f"{folder}-checkpoints", "run.json").is_file():
             fail(
                 f"the training of {folder} is not finished. To continue it, run the same command "
-                "of function_calling_train.py again with --resume, not --overwrite."
+                "of function_calling_train.py again with --resume."
             )
         fail(
             f"{folder} is not a finished adapter: it contains no training_run.json. "
@@ -755,6 +756,22 @@ def chat_url(base_url: str) -> str:
     return base + mark + query
 
 
+async def check_connection(client: "httpx2.AsyncClient", url: str) -> None:
+    """End the program if no server is running: retrying all queries would take a minute."""
+    import httpx2
+
+    place = url.partition("?")[0]
+    try:
+        await client.get(url, timeout=CONNECT_TIMEOUT)
+    except (httpx2.ConnectError, httpx2.ConnectTimeout) as error:
+        fail(
+            f"no connection to {place}: {describe_error(error)}. Start the server, or check "
+            "--server."
+        )
+    except (httpx2.HTTPError, httpx2.InvalidURL, ValueError):
+        pass  # the queries will show whether this matters
+
+
 async def ask_server(
     queries: list[dict], args: argparse.Namespace, write: Callable[..., None]
 ) -> None:
@@ -783,6 +800,7 @@ async def ask_server(
         timeout=httpx2.Timeout(REQUEST_TIMEOUT, connect=CONNECT_TIMEOUT),
         limits=httpx2.Limits(max_connections=None),
     ) as client:
+        await check_connection(client, url)
         tasks = [
             asyncio.create_task(ask_query(client, url, query, options, semaphore))
             for query in queries
@@ -843,7 +861,9 @@ class PredictionWriter:
     that each prediction is on disk at once, so that a killed run can be resumed.
     """
 
-    def __init__(self, results_dir: Path, run: dict, scorer: Tokenizer, is_resumed: bool):
+    def __init__(
+        self, results_dir: Path, run: dict, scorer: Tokenizer, num_queries: int, is_resumed: bool
+    ):
         self.results_dir = results_dir
         self.run = run
         self.scorer = scorer
@@ -852,6 +872,9 @@ class PredictionWriter:
         self.file = None
         self.unwritten: list[str] = []
         self.first_error: str | None = None
+        self.num_queries = num_queries
+        self.num_answered = 0
+        self.last_line = time.monotonic()
 
     def __enter__(self) -> Self:
         return self
@@ -885,6 +908,15 @@ class PredictionWriter:
             self.file.writelines(self.unwritten)
             self.file.flush()
             self.unwritten.clear()
+        self.print_progress()
+
+    def print_progress(self) -> None:
+        """Print a line at most once a minute where no terminal shows the progress bar."""
+        self.num_answered += 1
+        now = time.monotonic()
+        if now - self.last_line >= 60 and not sys.stderr.isatty():
+            self.last_line = now
+            print(f"Answered    {self.num_answered:,} of {self.num_queries:,} queries", flush=True)
 
     def open(self) -> None:
         """Start the run on disk: append to an unfinished one, or replace an earlier one."""
@@ -1070,7 +1102,9 @@ def evaluate(args: argparse.Namespace, results_dir: Path, queries: list[dict]) -
         ]
     if not unanswered:
         return
-    with PredictionWriter(results_dir, run, scorer, is_resumed=bool(answered)) as writer:
+    with PredictionWriter(
+        results_dir, run, scorer, len(unanswered), is_resumed=bool(answered)
+    ) as writer:
         if args.predictions:
             for query in unanswered:
                 writer.write(query, *answers_of_file[key_of(query)])
@@ -1953,7 +1987,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         run(args, sys.argv[1:] if argv is None else argv)
     except KeyboardInterrupt:
-        sys.exit("interrupted: to continue, run the same command with --resume, not --overwrite")
+        sys.exit("interrupted: to continue, run the same command with --resume")
     except OSError as error:
         place = f"{error.filename}: " if error.filename else ""
         fail(f"{place}{describe_error(error)}")

@@ -567,14 +567,19 @@ def read_split(path: Path) -> tuple[list[list[dict]], dict[str, str]]:
     advice = (
         "Run prepare_function_calling_dataset.py first, or pass its train split as --train-file."
     )
-    info = path.with_name("dataset_info.json")
-    for file in (path, info):
-        if not file.is_file():
-            fail(f"{file} does not exist. {advice}")
+    info_path = path.with_name("dataset_info.json")
+    if not path.is_file():
+        fail(f"{path} does not exist. {advice}")
+    if not info_path.is_file():
+        fail(f"{path} is not a split of step 1: no dataset_info.json is next to it. {advice}")
     try:
-        wording = json.loads(info.read_text("utf-8"))["prompt"]
+        info = json.loads(info_path.read_text("utf-8"))
+        wording = info["prompt"]
+        test_file = info["test"]["file"]
     except (ValueError, KeyError, TypeError):
-        fail(f"{info} does not contain the wording of the prompts. {advice}")
+        fail(f"{info_path} was not written by step 1. {advice}")
+    if path.name == test_file:
+        fail(f"{path} is the test split. Pass the train split as --train-file.")
     conversations = []
     with open(path, "rb") as lines:
         for number, line in enumerate(lines, start=1):
@@ -649,10 +654,13 @@ def find_model(args: argparse.Namespace) -> tuple[Path, str | None]:
     except errors.RevisionNotFoundError:
         fail(f"--revision {args.revision} does not exist. See {page}/tree/main for those that do.")
     except errors.LocalEntryNotFoundError:
-        reason = "the Hub cannot be reached. Check the network connection"
+        reason = "the Hub cannot be reached. Check the spelling and the network connection"
         if constants.HF_HUB_OFFLINE:
-            reason = "HF_HUB_OFFLINE=1 forbids downloads. Set HF_HUB_OFFLINE=0"
-        fail(f"--model {args.model} is not on this machine, and {reason}, or pass a local folder.")
+            reason = "HF_HUB_OFFLINE is set. Check the spelling, set HF_HUB_OFFLINE=0"
+        fail(
+            f"--model {args.model} is neither a local folder nor in the download cache, and "
+            f"{reason}, or pass a local folder."
+        )
     except errors.HFValidationError:
         fail(f"--model {args.model} is neither a local folder nor a valid Hub id.")
     except (OSError, errors.HTTPError) as error:
@@ -1073,10 +1081,12 @@ def check_earlier_run(args: argparse.Namespace, run: dict) -> None:
                 "Use the original flags, or --overwrite to start over."
             )
     elif not args.overwrite:
-        state = "an unfinished run" if earlier == begun else "a finished run"
+        state, advice = "a finished run", "--resume with --merge or --push-to-hub to use it"
+        if earlier == begun:
+            state, advice = "an unfinished run", "--resume to continue it"
         fail(
-            f"{args.output_dir} already contains {state}. Use --resume to continue it, --overwrite "
-            "to start over, or another --output-dir."
+            f"{args.output_dir} already contains {state}. Use {advice}, --overwrite to start over, "
+            "or another --output-dir."
         )
     if args.merge and args.merged_dir.is_dir() and not is_merged_model(args.merged_dir):
         fail(
@@ -1461,6 +1471,17 @@ def evaluation_command(args: argparse.Namespace, *flags: str) -> str:
     return shlex.join(command)
 
 
+def has_baseline(args: argparse.Namespace) -> bool:
+    """Whether evaluation.py has scored the baseline on the test split of this training."""
+    try:
+        info = json.loads(args.train_file.with_name("dataset_info.json").read_text("utf-8"))
+        metrics = Path("evaluation_results", args.model_name, "baseline", "metrics.json")
+        run = json.loads(metrics.read_text("utf-8"))["run"]
+        return run["test_split_sha256"] == info["test"]["sha256"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
 def finish(args: argparse.Namespace, model_dir: Path, is_new: bool) -> None:
     """Describe, merge and upload a finished adapter as asked, and print the next commands."""
     training_run = json.loads((args.output_dir / "training_run.json").read_text(encoding="utf-8"))
@@ -1481,7 +1502,7 @@ def finish(args: argparse.Namespace, model_dir: Path, is_new: bool) -> None:
     if args.push_to_hub:
         push_adapter(args)
     label = "Next        "
-    if not Path("evaluation_results", args.model_name, "baseline", "metrics.json").is_file():
+    if not has_baseline(args):
         print(f"{label}{evaluation_command(args, '--baseline')}")
         label = " " * len(label)
     print(f"{label}{evaluation_command(args)}")
@@ -1511,7 +1532,7 @@ def exit_on_error() -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        sys.exit("interrupted: to continue, run the same command with --resume, not --overwrite")
+        sys.exit("interrupted: to continue, run the same command with --resume")
     except subprocess.CalledProcessError as error:
         if "-shared" not in error.cmd:  # else Triton called the C compiler
             raise

@@ -156,7 +156,8 @@ FILE_SUFFIXES = [".json", ".jsonl", ".gz", ".parquet", ".csv", ".tsv", ".txt"]
 
 
 def is_data_file(name: str) -> bool:
-    return Path(name).is_file() or Path(name).suffix in FILE_SUFFIXES
+    path = Path(name)
+    return path.is_file() or (path.suffix in FILE_SUFFIXES and not path.is_dir())
 
 
 def is_local(name: str) -> bool:
@@ -191,11 +192,11 @@ def parse_json_values(text: str) -> list:
         except json.JSONDecodeError as error:
             start = text.count("\n", 0, match.start()) + 1
             end = text.count("\n", 0, error.pos) + 1
-            where = f" (the error is in line {end})" if end > start else ""
+            where = f"in line {end}: " if end > start else ""
             raise ValueError(
-                f"line {start} is not valid JSON{where}. A .jsonl file has one JSON object per "
-                "line, and a .json file has an array of objects. Save other formats as one of "
-                "these."
+                f"line {start} is not valid JSON ({where}{error.msg}). A .jsonl file has one JSON "
+                "object per line, and a .json file has an array of objects. Save other formats as "
+                "one of these."
             ) from None
         values.append(value)
     return values
@@ -876,7 +877,10 @@ def read_glaive_call(text: str) -> dict:
     return {**parse_literal(text[: quoted.start()] + '"arguments": null}'), "arguments": quoted[1]}
 
 
-# Each layout with the keys of a row that choose it. A new layout is a function and a line here.
+# Each layout with the keys of a row that choose it. A new layout is a line here and a function that
+# turns a row into OpenAI-style messages. It pops every key that it reads, because the remaining
+# keys are reported as unread. If its messages can contain something new, the chat template of
+# function_calling_train.py must render it exactly as the split contains it.
 LAYOUTS = {
     '"messages" (OpenAI)': (["messages"], read_openai),
     '"conversations" (from/value)': (["conversations"], read_sharegpt),
@@ -904,6 +908,9 @@ def read_messages(row: dict) -> list:
     for key, layout in UNREAD_LAYOUTS.items():
         if has_content(row.get(key)):
             raise ValueError(f"{layout} is not supported")
+    for keys, _ in LAYOUTS.values():
+        if all(key in row for key in keys):
+            raise ValueError(f'an empty "{keys[0]}"')
     keys = ", ".join(map(str, row)) or "only an id"
     raise ValueError(f"the keys of the row match no supported layout: {keys}")
 
@@ -1161,6 +1168,7 @@ def inspect_record(record: dict, notices: Counter) -> None:
 
 
 MAX_REASONS = 10  # that are printed of each kind
+ENOUGH_TEST_CALLS = 50  # for confidence intervals that are narrow enough to compare two runs
 
 
 class Report:
@@ -1270,8 +1278,8 @@ def draw_split(
         drawn = rows.train_test_split(test_size=test_size, seed=seed)
     except ValueError:
         fail(
-            f"too few rows ({len(rows)}) to draw a test split with --test-size {test_size}. Use "
-            "more rows or another --test-size."
+            f"too few rows ({len(rows)}) to draw a test split with --test-size {test_size}. Use at "
+            "least 3 rows, or another --test-size."
         )
     return {name: [converted[row] for row in drawn[name]["row"]] for name in SPLIT_FILES}
 
@@ -1282,7 +1290,10 @@ def check_any_kept(report: Report) -> None:
     if num_rows == 0:
         fail(f"{report.source.name} contains no rows.")
     if report.num_kept == 0:
-        reasons = list(report.found["dropped"])
+        reasons = []
+        for reason, entry in report.found["dropped"].items():
+            unread = ", ".join(entry.get("unread_in_first_row", []))
+            reasons.append(f"{reason} (unread: {unread})" if unread else reason)
         if len(reasons) > MAX_REASONS:
             reasons[MAX_REASONS:] = [f"{len(reasons) - MAX_REASONS} other reasons"]
         reasons = "; ".join(reasons)
@@ -1328,8 +1339,6 @@ def write_splits(splits: dict[str, list[Converted]], info: dict, folder: Path) -
 
 
 def print_summary(info: dict, reports: list[Report], output_dir: Path) -> None:
-    for report in reports:
-        report.print()
     for name in SPLIT_FILES:
         split = info[name]
         print(
@@ -1349,6 +1358,12 @@ def print_summary(info: dict, reports: list[Report], output_dir: Path) -> None:
             f"score. Supported layouts: {LAYOUT_NAMES}."
         )
     has_calls = any(info[name]["tool_call_turns"] for name in SPLIT_FILES)
+    num_test_calls = info["test"]["tool_call_turns"]
+    if has_calls and num_test_calls < ENOUGH_TEST_CALLS:
+        print(
+            f"warning: few turns with calls to test on ({num_test_calls}), so the scores of calls "
+            f"will be imprecise. At least {ENOUGH_TEST_CALLS} are better."
+        )
     declares_tools = any(info[name]["declare_tools"] for name in SPLIT_FILES)
     if declares_tools and not has_calls:
         print(
@@ -1393,6 +1408,7 @@ def main(argv: list[str] | None = None) -> None:
         make_ids_unique(converted, ids)
         report.num_kept = sum(item is not None for item in converted)
         check_any_kept(report)
+        report.print()
         reports.append(report)
         datasets_read.append(converted)
     if args.test_dataset:

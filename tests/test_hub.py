@@ -102,7 +102,7 @@ SCRIPTS = [
     pytest.param(
         PREPARE, DATASET, "--dataset", "the Hub cannot be reached", marks=pytest.mark.slow
     ),
-    (TRAIN, MODEL, "--model", "Set HF_HUB_OFFLINE=0"),
+    (TRAIN, MODEL, "--model", "set HF_HUB_OFFLINE=0"),
 ]
 
 

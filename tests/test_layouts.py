@@ -754,7 +754,7 @@ def test_the_user_can_pass_a_test_set(tmp_path, capsys, monkeypatch):
     assert "1 of the test conv" in printed
     records, _ = run(train, tmp_path / "out", "--test-dataset", test, "--drop-duplicates")
     assert [record["id"] for record in records["test"]] == ["4"]
-    folder = tmp_path / "folder"
+    folder = tmp_path / "folder.jsonl"
     folder.mkdir()
     train.rename(folder / "train.jsonl")
     test.rename(folder / "validation.jsonl")

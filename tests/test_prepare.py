@@ -244,13 +244,21 @@ def test_only_the_unchanged_dataset_and_prompt_count_as_published(flags):
 
 
 UNREADABLE = [
-    ("rows.jsonl", '{"id": 1}\n\n{"id": 2\n{"id": 3}', "line 3 is not valid JSON"),
-    ("rows.json", '[\n{"id": 1},\n{"id": 2,,}\n]', "line 3"),
+    ("rows.jsonl", '{"id": 1}\n\n{"id": 2\n{"id": 3}', "line 3 is not valid JSON .in line 4: "),
+    ("rows.json", '[\n{"id": 1},\n{"id": 2,,}\n]', "in line 3: "),
+    ("rows.csv", "messages,tools\n", "line 1 is not valid JSON .Expecting value.*as one of these"),
     ("rows.json", "[" * 100_000, "recursion"),
     ("rows.json", "[]", "contains no rows"),
     ("rows.jsonl.gz", "no gzip", "Not a gzipped file"),
     ("rows.parquet", "no parquet", "Parquet"),
     ("rows.jsonl", '{"id": 1}\n' * 9, "none of the 9 rows .* match no supported layout"),
+    ("rows.jsonl", '{"messages": []}', 'an empty "messages"'),
+    (
+        "rows.jsonl",
+        json.dumps({"messages": [{"role": "user", "contents": "Hi"}]}),
+        'an empty turn with role user .unread: key "contents" of a message with role user',
+    ),
+    ("rows.jsonl", json.dumps(turns(HI, HELLO)), "too few rows .1.*at least 3 rows"),
     ("absent.jsonl", None, "no such file"),
     ("", None, "any data file"),  # a folder without data files
 ]
@@ -301,4 +309,5 @@ def test_the_summary_warns_if_turns_call_tools_and_no_row_declares_any(tmp_path,
     run(write_rows(tmp_path / "rows.jsonl", rows), tmp_path / "out")
     printed = capsys.readouterr().out
     assert "warning: turns call tools, but no row declares any" in printed
+    assert "warning: few turns with calls to test on (2)" in printed
     assert 'key "tool" of a row' in printed

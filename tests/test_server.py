@@ -2,7 +2,9 @@
 
 import asyncio
 import contextlib
+import itertools
 import json
+from types import SimpleNamespace
 
 import pytest
 from conftest import make_tool, write_rows
@@ -116,16 +118,28 @@ def test_temporary_failures_are_retried_after_increasing_waits(ask, monkeypatch)
 
 def test_nothing_is_stored_if_the_server_stalls_or_is_absent(ask, monkeypatch):
     """The failures must not be stored as scores of zero or replace earlier answers."""
-    ask("http://127.0.0.1:9", error="none of 12 queries was answered.*no connection to http")
+    absent = "http://127.0.0.1:9"
+    monkeypatch.setattr(evaluation, "RETRY_WAITS", [600])  # an absent server is not asked again
+    ask(absent, error=f"^error: no connection to {absent}/v1.*Start the server, or check --server")
     monkeypatch.setattr(evaluation, "REQUEST_TIMEOUT", 0.3)
     stalling = ChatServer(echo, delay=1)
     ask(stalling.url, error="none of 12 queries was answered.*no answer within 0.3 seconds")
     monkeypatch.setattr(evaluation, "REQUEST_TIMEOUT", 30)
     predictions, metrics = ask(ChatServer(echo).url)
     ask("http://127.0.0.1:9", error="already contains predictions")
-    for url, path in (("http://127.0.0.1:9", "/v1"), (ChatServer(lambda *_: 404).url, "/typo")):
-        words = "none of 12 queries was answered, and nothing was stored"
+    for url, path, words in (
+        (absent, "/v1", "no connection"),
+        (ChatServer(lambda *_: 404).url, "/typo", "none of 12 queries .* nothing was stored"),
+    ):
         assert ask(url, "--overwrite", error=words, path=path) == (predictions, metrics)
+
+
+def test_progress_outside_a_terminal_is_one_line_a_minute(ask, monkeypatch, capsys):
+    clock = SimpleNamespace(monotonic=itertools.count(step=25).__next__)  # each answer takes 25 s
+    monkeypatch.setattr(evaluation, "time", clock)
+    ask(ChatServer(echo).url)
+    lines = [line for line in capsys.readouterr().out.splitlines() if "Answered" in line]
+    assert lines == [f"Answered    {number} of 12 queries" for number in (3, 6, 9, 12)]
 
 
 def test_connection_errors_are_retried(ask, monkeypatch):

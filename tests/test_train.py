@@ -408,7 +408,12 @@ def test_user_mistakes_print_one_line_and_the_corrected_command_works(tiny_model
         assert process.returncode == 2  # the last line, after the usage, names the flag
         assert f"error: argument {flag}: " in process.stderr.splitlines()[-1]
     assert_refused("Run prepare_function_calling_dataset.py first")  # step 2 was run before step 1
-    shutil.copytree(splits, split.parent)
+    split.parent.mkdir()
+    shutil.copy(splits / split.name, split)
+    assert_refused("is not a split of step 1: no dataset_info.json is next to it")
+    shutil.copytree(splits, split.parent, dirs_exist_ok=True)
+    test_split = split.with_name("function_calling_test.jsonl")
+    assert_refused("is the test split", flags=["--train-file", test_split])
     lines = split.read_text()
     openai_row = {"messages": [{"role": "user", "content": "Hi"}], "tools": [{"name": "f"}]}
     for line in ('{"messages": [', "{}", "7", json.dumps(openai_row)):
@@ -579,10 +584,13 @@ def test_the_next_commands_can_be_pasted_and_include_a_missing_baseline(
     assert process.stdout.endswith(f"Next        {baseline}\n            {fine_tuned}\n")
     results = tmp_path / "evaluation_results/tiny model/baseline"
     results.mkdir(parents=True)
-    (results / "metrics.json").write_text("{}")
-    process = run_here(SCRIPT, *command, "--resume", cwd=tmp_path)
-    assert process.stdout.endswith(f"Next        {fine_tuned}\n")
-    assert "baseline" not in process.stdout
+    info = json.loads((data / "dataset_info.json").read_text())
+    for sha256, commands in (("of another split", 2), (info["test"]["sha256"], 1)):
+        metrics = {"run": {"test_split_sha256": sha256}}
+        (results / "metrics.json").write_text(json.dumps(metrics))
+        process = run_here(SCRIPT, *command, "--resume", cwd=tmp_path)
+        assert process.stdout.endswith(f"{fine_tuned}\n")
+        assert process.stdout.count("evaluation.py") == commands
     args = train.parse_args([])
     assert train.evaluation_command(args) == "python evaluation.py"
     args = train.parse_args(["--revision", "v1"])
