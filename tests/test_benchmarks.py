@@ -114,7 +114,8 @@ def test_the_gpu_report_runs_on_a_cpu():
 
 @pytest.mark.slow
 def test_the_gpu_report_continues_after_a_part_that_fails(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", [str(REPORT), "--only", "machine", "two-processes"])
+    flags = ["--model-shapes", "tiny", "--only", "machine", "two-processes"]
+    monkeypatch.setattr(sys, "argv", [str(REPORT), *flags])
     monkeypatch.setitem(gpu_report.PARTS, "machine", ("Machine", None))
     run = subprocess.run
 

@@ -559,6 +559,12 @@ def main() -> None:
     if args.part:
         run_here(args)
         return
+    import torch
+
+    if args.model_shapes != ["tiny"] and not torch.cuda.is_available():
+        sys.exit(
+            "error: PyTorch finds no CUDA GPU. Use --model-shapes tiny for a trial run on a CPU."
+        )
     command = " ".join(["python", *sys.argv])
     print(f"# Report of {time.strftime('%Y-%m-%d')}\n\n`{command}`", flush=True)
     failed = []
