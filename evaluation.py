@@ -94,7 +94,7 @@ def add_input_arguments(parser: argparse.ArgumentParser) -> None:
         "--test-file",
         type=Path,
         default=DEFAULT_TEST_FILE,
-        help="Test split written by step 1 (default: %(default)s).",
+        help="Test split written by prepare_function_calling_dataset.py (default: %(default)s).",
     )
     group.add_argument(
         "--limit",
@@ -159,22 +159,23 @@ def add_result_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--name",
-        help="Name of the results folder of this run (default: baseline, fine-tuned for the "
-        "default adapter, or adapter-X, server-X or predictions-X).",
+        help="Name of the results folder of this run (default: baseline, fine-tuned, adapter-NAME, "
+        "server-NAME or predictions-NAME, depending on what is evaluated).",
     )
     group.add_argument(
         "--compare-with",
         type=Path,
         metavar="FOLDER",
-        help="Results folder of the run to compare with. Existing predictions are reused "
-        "(default: the baseline of the model).",
+        help="Results folder of another run to compare with. If this run already has predictions, "
+        "they are reused (default: the baseline of the model).",
     )
     group.add_argument(
         "--show-failures",
         type=positive_int,
         default=0,
         metavar="N",
-        help="Print N failures, grouped by class. Existing predictions are reused.",
+        help="Print N failures, grouped by class. If this run already has predictions, they are "
+        "reused.",
     )
 
     group = parser.add_argument_group("existing results (choose one)")
@@ -266,7 +267,8 @@ def describe_error(error: BaseException) -> str:
 def read_jsonl(path: Path, ignore_cut_line: bool = False) -> Iterator[tuple[str, dict]]:
     """Yield ("<path>, line <number>", object) for each line of a file.
 
-    With `ignore_cut_line`, a last line without a newline is skipped: a kill has cut it short.
+    With `ignore_cut_line`, a last line without a newline is skipped: the process that wrote it was
+    killed.
     """
     with exit_on_error(path):
         lines = path.read_bytes().splitlines(keepends=True)
@@ -411,8 +413,8 @@ def find_adapter(args: argparse.Namespace) -> tuple[Path, str | None]:
     if not path.is_file():
         if Path(f"{folder}-checkpoints", "run.json").is_file():
             fail(
-                f"the training of {folder} is not finished. To continue it, run the same command "
-                "of function_calling_train.py again with --resume."
+                f"the training of {folder} is not finished. To continue it, rerun the same "
+                "function_calling_train.py command with --resume."
             )
         fail(
             f"{folder} is not a finished adapter: it contains no training_run.json. "
@@ -428,7 +430,7 @@ def find_adapter(args: argparse.Namespace) -> tuple[Path, str | None]:
     train_hash = training_run.get("train_split_sha256")
     if train_hash and train_file.is_file() and hash_file(train_file) != train_hash:
         print(
-            f"warning: {folder} was trained on another train split than {train_file}, so test "
+            f"warning: {folder} was trained on a different train split from {train_file}, so test "
             "conversations may be among its training data. Train again with --overwrite.",
             file=sys.stderr,
         )
@@ -585,7 +587,8 @@ RETRY_WAITS = [1, 2, 4, 8, 16]  # seconds before a request is sent again
 MAX_FAILURES_IN_A_ROW = 50  # then the server is considered down
 MAX_MESSAGE_LENGTH = 300  # characters of a server's error message that are kept
 
-# Servers and libraries have many words for two events. Any other reason is stored unchanged.
+# Servers and libraries have many words for the end of a turn and for the token limit. Any other
+# reason is stored unchanged.
 END_REASONS = {
     "stop",
     "eos",
@@ -822,7 +825,7 @@ async def ask_server(
 
 BASELINE = "baseline"  # names of results folders
 FINE_TUNED = "fine-tuned"
-RESULT_FILES = ["metrics.json", "scores.png", "comparison*.png"]  # of a report
+REPORT_FILES = ["metrics.json", "scores.png", "comparison*.png"]
 
 # The keys of run.json that identify a run. Each has a name in messages and, if its value is a hash,
 # the key whose value is shown instead.
@@ -834,7 +837,7 @@ RUN_KEYS = {
     "adapter_sha256": ("adapter", "adapter"),
     "predictions_sha256": ("predictions file", "predictions"),
     "served_model": ("--server-model", None),
-    "uses_baseline_template": ("use of --baseline", None),
+    "uses_baseline_template": ("--baseline", None),
     "max_new_tokens": ("--max-new-tokens", None),
     "test_split_sha256": ("test split", "test_file"),
     "prompt_sha256": ("prompt wording", None),
@@ -921,7 +924,7 @@ class PredictionWriter:
     def open(self) -> None:
         """Start the run on disk: append to an unfinished one, or replace an earlier one."""
         self.results_dir.mkdir(parents=True, exist_ok=True)
-        for pattern in RESULT_FILES:  # of the earlier predictions
+        for pattern in REPORT_FILES:  # of the earlier predictions
             for path in self.results_dir.glob(pattern):
                 path.unlink()
         run_path = self.results_dir / "run.json"
@@ -1016,7 +1019,9 @@ def check_same_run(run: dict, results_dir: Path) -> None:
             continue
         before = earlier.get(shown or key)
         now = run.get(shown or key)
-        if before == now or key == "prompt_sha256":
+        if isinstance(now, bool):
+            changes.append(f"it was made {'with' if before else 'without'} {name}")
+        elif before == now or key == "prompt_sha256":
             changes.append(f"the {name} has changed since")
         else:
             changes.append(f"{name} was {before}, not {now}")
@@ -1034,7 +1039,9 @@ def read_answered(results_dir: Path, run: dict) -> set[tuple[str, str]]:
     if not path.exists():
         return set()
     check_same_run(run, results_dir)
-    os.truncate(path, path.read_bytes().rfind(b"\n") + 1)  # a kill may have cut the last line
+    os.truncate(
+        path, path.read_bytes().rfind(b"\n") + 1
+    )  # the last line may be incomplete after a kill
     predictions = {key_of(prediction): prediction for _, prediction in read_jsonl(path)}
     return {key for key, found in predictions.items() if found["finish_reason"] != "failed"}
 
@@ -1085,7 +1092,10 @@ def evaluate(args: argparse.Namespace, results_dir: Path, queries: list[dict]) -
         run["adapter_sha256"] = hash_file(adapter_dir / "adapter_model.safetensors")
     model_dir, run["commit"] = find_folder(args.model, revision, with_weights=is_local)
     if (model_dir / "adapter_config.json").is_file():
-        fail(f"{model_dir} is an adapter. Pass it as --adapter and its base as --model.")
+        fail(
+            f"--model {args.model} is an adapter. Pass it as --adapter, and its base model as "
+            "--model."
+        )
     with exit_on_error(model_dir / "tokenizer.json"):
         scorer = Tokenizer.from_buffer((model_dir / "tokenizer.json").read_bytes())
     if is_local:
@@ -1166,7 +1176,7 @@ SCHEMA_KEYS = [  # where a tool's parameters are: OpenAI, Anthropic, MCP, Gemini
     "parametersJsonSchema",
     "parameters_json_schema",
 ]
-# Keywords whose values are objects, as the declarations of flat parameters are.
+# Keywords of JSON Schema whose values are objects. They must not be mistaken for flat parameters.
 OBJECT_KEYWORDS = {
     "$defs",
     "additionalProperties",
@@ -1188,7 +1198,7 @@ OBJECT_KEYWORDS = {
 
 
 def read_literal(text: str) -> Any:
-    """Read JSON, or else a Python literal: the published dataset exists in both."""
+    """Read JSON, or else a Python literal: the published dataset has both."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
@@ -1227,7 +1237,7 @@ def parse_calls(text: str) -> list[dict] | None:
 
 
 def read_type(name: Any) -> str:
-    """A type in JSON Schema's word; xLAM writes "str, optional" and "List[int]"."""
+    """The name of a type in JSON Schema; xLAM writes "str, optional" and "List[int]"."""
     text = str(name).lower().removesuffix(", optional")
     text = re.split(r"[\[<]", text)[0].strip()
     return TYPE_NAMES.get(text, text)
@@ -1504,7 +1514,7 @@ METRICS = {  # keys in metrics.json, and rows of the printed table
     "recall": "call recall",
     "f1": "call F1",
 }
-NUM_SAMPLES = 2000  # of the bootstrap
+NUM_SAMPLES = 2000  # number of bootstrap samples
 
 
 def resample(turns: list[dict]) -> tuple[numpy.ndarray, numpy.ndarray]:
@@ -1591,9 +1601,9 @@ class Comparison(NamedTuple):
 
     folder: Path
     label: str
-    conditions: list[str]  # what differs and forbids a difference, in words
+    conditions: list[str]  # settings that rule out a comparison, in words
     remarks: list[str]  # what else differs, in words
-    is_limit_unknown: bool  # predictions made elsewhere do not tell their --max-new-tokens
+    is_limit_unknown: bool  # predictions made elsewhere do not record --max-new-tokens
     ours: list[dict]  # judged turns of the queries that both runs answered
     theirs: list[dict]
 
@@ -1802,7 +1812,7 @@ def report_results(
     judged = judge_predictions(results_dir / "predictions.jsonl", queries, seen_tools)
     if not judged:
         fail(
-            f"{results_dir} answers no query of {args.test_file}. Use --overwrite to "
+            f"{results_dir} contains no prediction for {args.test_file}. Use --overwrite to "
             "evaluate again."
         )
     turns = list(judged.values())
@@ -1825,7 +1835,9 @@ def report_results(
         published = PUBLISHED.get(run["model"])
     print(f"\n{format_scores(columns, published)}\n")
     if published:
-        print("published: baseline / fine-tuned (README) / fine-tuned (notebook) of the original\n")
+        print(
+            "published: baseline / fine-tuned (original README) / fine-tuned (original notebook)\n"
+        )
     if metrics["repeated_queries"]:
         num_repeated = len(metrics["repeated_queries"])
         without_repeated = make_columns(label, turns, comparison, with_repeated=False)
@@ -1844,7 +1856,7 @@ def print_comparison(comparison: Comparison | None) -> None:
         print(f"No comparison with {comparison.folder}/, because these differ:")
         print(textwrap.indent("\n".join(comparison.conditions), "            "))
     elif not comparison.ours:
-        print(f"No comparison with {comparison.folder}/: it answers none of these queries")
+        print(f"No comparison with {comparison.folder}/: it has no prediction for these queries")
     else:
         num_shared = len(comparison.ours)
         print(f"Compared    with {comparison.folder}/ on the {num_shared:,} queries in both runs")
@@ -1864,7 +1876,7 @@ def print_counts(metrics: dict) -> None:
         "left_out": "Left out",
     }
     words = {
-        "unchecked calls": "calls of tools that cannot be read (not in valid calls)",
+        "unchecked calls": "calls to tools with unreadable declarations (not in valid calls)",
         "faulty references": "queries whose reference call cannot be parsed",
     }
     for key, title in titles.items():
@@ -1950,8 +1962,8 @@ def should_generate(args: argparse.Namespace, results_dir: Path) -> bool:
         check_same_run(describe_run(args), results_dir)
         return False
     fail(
-        f"{results_dir} already contains predictions. Use --resume to continue them, "
-        "--rescore to report them again, --overwrite to replace them, or --name to write to "
+        f"{results_dir} already contains predictions. Use --resume to finish the run, "
+        "--rescore to compute the scores again, --overwrite to replace them, or --name to write to "
         "another folder."
     )
 

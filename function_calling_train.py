@@ -1,4 +1,4 @@
-"""Fine-tune Gemma 3 for function calling with LoRA, on the splits of step 1 (step 2 of 3).
+"""Fine-tune Gemma 3 for function calling with LoRA (step 2 of 3).
 
     python function_calling_train.py                                # gemma-3-1b-it, as published
     python function_calling_train.py --model google/gemma-3-270m-it
@@ -45,9 +45,9 @@ DEFAULT_TRAIN_FILE = Path("processed_data/function_calling_train.jsonl")
 LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 # The chat template. It renders OpenAI-style messages exactly as step 1 renders a row: tools in the
-# first user turn, calls and results as tagged blocks, neighboring messages of a role as one turn.
+# first user turn, calls and results as tagged blocks, consecutive messages of a role as one turn.
 # It has its own JSON macro, because the tojson filter differs between template engines. Besides
-# Jinja2, the engines of llama.cpp and of phones (MiniJinja) have to read it. In MiniJinja, null is
+# Jinja2, llama.cpp and LiteRT-LM (MiniJinja) must be able to render it. In MiniJinja, null is
 # iterable and not none, and the result of split cannot be indexed. make_template replaces the names
 # in capitals.
 CHAT_TEMPLATE = r"""
@@ -76,8 +76,8 @@ CHAT_TEMPLATE = r"""
     {%- endif -%}
 {%- endmacro -%}
 
-{#- Some engines cannot format a character from its code point. They leave control characters
-    unescaped. One of them raises an error, and it lacks lipsum, a function that Jinja2 has. #}
+{#- Some engines cannot turn a code point into a character. There, control characters stay
+    unescaped. One engine even raises an error. It lacks lipsum, a function that Jinja2 defines. #}
 {%- macro json(value) -%}
     {%- set written = namespace(text=json_of(value) | replace('\n', '\\n') | replace('\r', '\\r')
         | replace('\t', '\\t') | replace('\b', '\\b') | replace('\f', '\\f')) -%}
@@ -88,7 +88,7 @@ CHAT_TEMPLATE = r"""
     {{- written.text -}}
 {%- endmacro -%}
 
-{#- Replaces the escapes of JSON text by their characters, as write_plain_letters of step 1 does. #}
+{#- Replaces the escapes of JSON text with their characters, like write_plain_letters of step 1. #}
 {%- macro plain_letters(json_text) -%}
     {%- set written = namespace(text='', high=0) -%}
     {%- for run in json_text.split('\\\\') -%}
@@ -311,9 +311,9 @@ CHAT_TEMPLATE = r"""
 {{- '<start_of_turn>model\n' if add_generation_prompt else '' -}}
 """.lstrip()
 
-# How a turn of the model is written. The generation tags mark tokens for transformers. For
-# --loss-on model-turns they mark the tokens that carry loss, and for --loss-on all the turns that
-# carry none.
+# How a turn of the model is written. The generation tags mark tokens for transformers. With
+# --loss-on model-turns, they mark the tokens to train on. With --loss-on all, they mark the turns
+# not to train on.
 MARKED_TURN = (
     "{%- if IS_MARKED -%}{%- generation -%}{{- turn -}}{%- endgeneration -%}"
     "{%- else -%}{{- turn -}}{%- endif -%}"
@@ -343,7 +343,7 @@ def share(text: str) -> float:
     with contextlib.suppress(ValueError):
         if 0 < float(text) < 1:
             return float(text)
-    raise argparse.ArgumentTypeError(f"must be between 0 and 1, not {text}")
+    raise argparse.ArgumentTypeError(f"must be greater than 0 and less than 1, not {text}")
 
 
 def probability(text: str) -> float:
@@ -375,7 +375,7 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
         "--train-file",
         type=Path,
         default=DEFAULT_TRAIN_FILE,
-        help="Train split written by step 1 (default: %(default)s).",
+        help="Train split written by prepare_function_calling_dataset.py (default: %(default)s).",
     )
     group.add_argument(
         "--max-length",
@@ -383,7 +383,7 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
         default=4096,
         metavar="N",
         help="Maximum length of a conversation in tokens. Longer conversations are dropped and "
-        "counted, never cut (default: %(default)s).",
+        "counted, never truncated (default: %(default)s).",
     )
     group.add_argument(
         "--validation-size",
@@ -471,8 +471,8 @@ def add_hardware_arguments(parser: argparse.ArgumentParser) -> None:
         "--batch-size",
         type=positive_int,
         metavar="N",
-        help="Number of conversations to process at once on one device. The gradients of the rest "
-        "of a step are accumulated (default: all conversations of a step on CUDA, else 1).",
+        help="Number of conversations per forward pass on one device. Gradients are accumulated "
+        "until the step is complete (default: all conversations of a step on CUDA, else 1).",
     )
     group.add_argument(
         "--activation-checkpointing",
@@ -498,7 +498,7 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     existing_run.add_argument(
         "--resume",
         action="store_true",
-        help="Continue an interrupted run from its last checkpoint. With a finished run, only "
+        help="Continue an interrupted run from its last checkpoint. On a finished run, only "
         "--merge and --push-to-hub have an effect.",
     )
     existing_run.add_argument(
@@ -685,7 +685,10 @@ def load_model(
     try:
         model_type = transformers.AutoConfig.from_pretrained(folder).model_type
         if model_type != "gemma3_text":
-            fail(f"{folder} has model type {model_type}. Only Gemma 3 text models are supported.")
+            fail(
+                f"{folder} has model type {model_type}. Only Gemma 3 text models (1B, 270M) are "
+                "supported."
+            )
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
         model = transformers.AutoModelForCausalLM.from_pretrained(folder, **options)
     except (OSError, ValueError, ImportError, RuntimeError) as error:
@@ -743,7 +746,10 @@ def choose_device(dtype: str | None = None) -> tuple[str, torch.dtype]:
     if torch.cuda.is_available():
         num_gpus = torch.cuda.device_count()
         if local_rank() >= num_gpus:
-            fail(f"{local_rank() + 1} processes were started for {num_gpus} GPUs.")
+            fail(
+                f"torchrun started more processes than there are GPUs ({num_gpus}). Use "
+                f"--nproc_per_node {num_gpus}."
+            )
         torch.cuda.set_device(local_rank())
         device = "cuda"
         has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
@@ -756,11 +762,11 @@ def choose_device(dtype: str | None = None) -> tuple[str, torch.dtype]:
     return device, getattr(torch, dtype or ("bfloat16" if has_bf16 else "float32"))
 
 
-# Bytes that the backward pass keeps, for each token, layer and unit of (hidden size, MLP size,
-# attention width). tests/benchmarks/estimate_memory.py measures them.
+# Bytes that the forward pass keeps for the backward pass, for each token, layer and unit of (hidden
+# size, MLP size, attention width). tests/benchmarks/estimate_memory.py measures them.
 ACTIVATION_BYTES = {"bfloat16": (47, 13, 17), "float32": (57, 21, 25)}
 OTHER_BYTES = 2e9  # CUDA itself, the loss, the LoRA weights and their optimizer
-USABLE_SHARE = 0.9  # of the GPU's memory; batches of varying length fragment the rest
+USABLE_SHARE = 0.9  # share of the GPU's memory; batches of varying length fragment the rest
 
 
 def estimate_memory(model: PreTrainedModel, num_tokens: int, checkpointing: bool) -> float:
@@ -793,7 +799,7 @@ def needs_checkpointing(model: PreTrainedModel, num_tokens: int) -> bool:
 
 
 class LabelledTrainer:
-    """Computes the loss at labeled positions only; off CUDA, TRL computes logits at all of them.
+    """Computes logits at labeled positions only. Without CUDA, TRL computes them at all positions.
 
     This class and the callbacks below get their base classes in build_trainer, because importing
     those takes seconds.
@@ -814,7 +820,7 @@ class LabelledTrainer:
 
 
 class StopOnNaN:
-    """Ends the run when a loss or the norm of the gradients is not a number."""
+    """Ends the run when a loss or the norm of the gradients is not finite."""
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         names = {"loss": "loss", "grad_norm": "gradient norm", "eval_loss": "validation loss"}
@@ -841,7 +847,7 @@ class ReportProgress:
         self.last_line = self.start
 
     def close_bars(self):
-        """Close the bars of ProgressCallback, which does so only after a complete training."""
+        """Close the bars of ProgressCallback, which does so only if the training completes."""
         for name in ("prediction_bar", "training_bar"):
             if bar := getattr(self, name, None):
                 bar.close()
@@ -878,7 +884,7 @@ def make_config(
     checkpointing: bool,
     checkpoint_dir: Path,
 ) -> SFTConfig:
-    """The recipe, with at least two validations and checkpoints, in TRL's terms."""
+    """The recipe as TRL's configuration, with at least two validations and two checkpoints."""
     from trl import SFTConfig
 
     interval = 1 / max(2, round(2 * args.epochs))  # a share of all steps
@@ -947,8 +953,9 @@ def build_trainer(
     batch_size = args.batch_size or (max(1, share) if device == "cuda" else 1)
     if not share or args.conversations_per_step % (batch_size * num_processes):
         fail(
-            f"--conversations-per-step {args.conversations_per_step} must be a multiple of "
-            f"--batch-size {batch_size} times the number of processes, {num_processes}."
+            f"--conversations-per-step {args.conversations_per_step} is not divisible by "
+            f"{batch_size * num_processes} (--batch-size {batch_size} × processes "
+            f"{num_processes}). Change one of these numbers."
         )
     checkpointing = bool(args.activation_checkpointing)
     if args.activation_checkpointing is None and device == "cuda":
@@ -994,12 +1001,12 @@ def find_last_checkpoint(checkpoint_dir: Path) -> Path | None:
 
 
 def train(trainer: SFTTrainer, checkpoint: Path | None) -> None:
-    """Train from a checkpoint, or from the start, and end with the best weights on validation."""
+    """Train from a checkpoint or from the start; keep the weights of the lowest validation loss."""
     from transformers import TrainerState
 
     if checkpoint:
         state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
-        if state.global_step >= state.max_steps:  # trainer.train() would do one step more
+        if state.global_step >= state.max_steps:  # trainer.train() would do one more step
             best = checkpoint.with_name(f"checkpoint-{state.best_global_step}")
             trainer.state = state
             trainer.model.load_adapter(str(best), trainer.model.active_adapter)
@@ -1030,7 +1037,7 @@ RECIPE = [
 
 
 def describe_run(args: argparse.Namespace, commit: str | None, dtype: torch.dtype) -> dict:
-    """All that the adapter depends on."""
+    """Everything that the adapter depends on."""
     return {
         "model_name": args.model_name,
         "commit": commit,
@@ -1081,7 +1088,10 @@ def check_earlier_run(args: argparse.Namespace, run: dict) -> None:
                 "Use the original flags, or --overwrite to start over."
             )
     elif not args.overwrite:
-        state, advice = "a finished run", "--resume with --merge or --push-to-hub to use it"
+        state, advice = (
+            "a finished run",
+            "--resume with --merge or --push-to-hub to merge or upload it",
+        )
         if earlier == begun:
             state, advice = "an unfinished run", "--resume to continue it"
         fail(
@@ -1090,8 +1100,8 @@ def check_earlier_run(args: argparse.Namespace, run: dict) -> None:
         )
     if args.merge and args.merged_dir.is_dir() and not is_merged_model(args.merged_dir):
         fail(
-            f"{args.merged_dir} contains files that are not from --merge. Move it away, or choose "
-            "another --output-dir."
+            f"{args.merged_dir} contains files that are not from --merge. Move that folder, or "
+            "choose another --output-dir."
         )
 
 
@@ -1114,7 +1124,7 @@ def lock_run(args: argparse.Namespace) -> Iterator[None]:
         lock.acquire(blocking=False)
     except filelock.Timeout:
         fail(
-            f"another process is training into {args.output_dir} right now. Wait until it has "
+            f"another process is already training in {args.output_dir}. Wait until it has "
             "finished, or choose another --output-dir."
         )
     try:
@@ -1199,7 +1209,7 @@ def write_results(
     lora.base_model_name_or_path = args.model if is_hub_model else str(model_dir.resolve())
     lora.revision = run["commit"]
     trainer.model.save_pretrained(folder, save_embedding_layers=False)
-    # The model card of PEFT goes. write_model_card writes ours.
+    # Remove the model card of PEFT: write_model_card writes our own.
     (folder / "README.md").unlink(missing_ok=True)
 
     # The tokenizer of the base model; only the chat template differs.
@@ -1318,8 +1328,8 @@ Gemma is provided under and subject to the [Gemma Terms of Use](https://ai.googl
 which also apply to this adapter.{data_license}
 """
 RECIPE_IN_WORDS = (
-    "LoRA of rank {lora_rank}, alpha {lora_alpha}, dropout {lora_dropout} on all seven "
-    "projections; {steps} steps of {conversations_per_step} conversations; AdamW, peak learning "
+    "LoRA of rank {lora_rank}, alpha {lora_alpha}, dropout {lora_dropout} on all linear "
+    "layers; {steps} steps of {conversations_per_step} conversations; AdamW, peak learning "
     "rate {learning_rate}, 10% warm-up, cosine decay; loss on {loss_on}; {precision}; seed {seed}"
 )
 ADAPTER_FILES = [
@@ -1336,7 +1346,7 @@ PUBLISHED_DATA = "NousResearch/hermes-function-calling-v1"
 
 
 def describe_scores(args: argparse.Namespace) -> str:
-    """The scores of these very weights, if evaluation.py has written any."""
+    """The scores of exactly these weights, if evaluation.py has written any."""
     weights = (args.output_dir / "adapter_model.safetensors").read_bytes()
     adapter_sha256 = hashlib.sha256(weights).hexdigest()
     for path in sorted(Path("evaluation_results", args.model_name).glob("*/metrics.json")):
@@ -1444,11 +1454,11 @@ def create_repository(repository: str) -> str:
     """
     from huggingface_hub import HfApi, errors
 
-    advice = "Check the name, and run `hf auth login` with a token that may write to it."
+    advice = "Check the name, and run `hf auth login` with a token that has write access."
     try:
         return HfApi().create_repo(repository, private=True, exist_ok=True).repo_id
     except (errors.HfHubHTTPError, errors.LocalTokenNotFoundError, ValueError) as error:
-        fail(f"--push-to-hub {repository} cannot be created ({describe(error)}). {advice}")
+        fail(f"repository {repository} cannot be created ({describe(error)}). {advice}")
     except (OSError, errors.HTTPError):
         fail(
             f"--push-to-hub {repository}: cannot connect to the Hub. Check the network connection, "
@@ -1472,7 +1482,7 @@ def evaluation_command(args: argparse.Namespace, *flags: str) -> str:
 
 
 def has_baseline(args: argparse.Namespace) -> bool:
-    """Whether evaluation.py has scored the baseline on the test split of this training."""
+    """Whether evaluation.py has scored the baseline on the test split of this run."""
     try:
         info = json.loads(args.train_file.with_name("dataset_info.json").read_text("utf-8"))
         metrics = Path("evaluation_results", args.model_name, "baseline", "metrics.json")
@@ -1497,7 +1507,7 @@ def finish(args: argparse.Namespace, model_dir: Path, is_new: bool) -> None:
         merge_adapter(model_dir, args)
     elif is_new and is_merged_model(args.merged_dir):
         shutil.rmtree(args.merged_dir)
-        print(f"Removed     {args.merged_dir}/, merged from the adapter of an earlier run")
+        print(f"Removed     {args.merged_dir}/, which was merged from an earlier adapter")
     write_model_card(args, training_run)
     if args.push_to_hub:
         push_adapter(args)
@@ -1576,7 +1586,7 @@ def print_start(
     num_dropped: int,
     args: argparse.Namespace,
 ) -> None:
-    start = f"continuing from {checkpoint}" if checkpoint else "starting from scratch"
+    start = f"continuing from {checkpoint}" if checkpoint else "new run"
     print(f"Model       {args.model}, {dtype} on {trainer.args.device.type}, {start}")
     print(
         f"Data        {len(trainer.train_dataset):,} conversations for training, "

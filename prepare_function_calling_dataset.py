@@ -6,8 +6,8 @@
 
 One function per data layout turns a row into OpenAI-style messages. They are normalized, and then
 rendered as a line of a split, {"id", "messages", "tools"}: the system text and the tools become
-part of the first user turn, calls and results become tagged blocks. dataset_info.json records the
-source, the counts, the prompt's wording, and everything in the rows that was not used.
+part of the first user turn, and calls and results become tagged blocks. dataset_info.json records
+the source, the counts, the prompt's wording, and everything in the rows that was not used.
 """
 
 import argparse
@@ -35,7 +35,7 @@ DEFAULT_TEST_SIZE = 0.2
 DEFAULT_SEED = 42
 SPLIT_FILES = {"train": "function_calling_train.jsonl", "test": "function_calling_test.jsonl"}
 
-# The published wording: around the tools, and between the system text and the user's request.
+# The published prompt: the text around the tools, and the text before the user's request.
 BEFORE_TOOLS, AFTER_TOOLS = (
     "You are a function calling AI model. You are provided with function signatures within "
     "<tools></tools> XML tags.You may call one or more functions to assist with the user query. "
@@ -57,7 +57,7 @@ def share(text: str) -> float:
     with contextlib.suppress(ValueError):
         if 0 < float(text) < 1:
             return float(text)
-    raise argparse.ArgumentTypeError(f"must be between 0 and 1, not {text}")
+    raise argparse.ArgumentTypeError(f"must be greater than 0 and less than 1, not {text}")
 
 
 def seed(text: str) -> int:
@@ -78,8 +78,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     data.add_argument(
         "--config",
-        help="Configuration of a dataset on the Hub (default for the published dataset: "
-        f"{DEFAULT_CONFIG}).",
+        help=f"Configuration of a dataset on the Hub (default: {DEFAULT_CONFIG} for the default "
+        "--dataset).",
     )
     data.add_argument(
         "--split",
@@ -124,7 +124,7 @@ def build_parser() -> argparse.ArgumentParser:
     prompt.add_argument(
         "--no-think-instruction",
         action="store_true",
-        help="Leave out the published sentence that asks the model to think before a call.",
+        help="Leave out the sentence of the prompt that asks the model to think before a call.",
     )
     return parser
 
@@ -134,9 +134,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = build_parser()
     args = parser.parse_args(argv)
     if args.test_dataset and (args.test_size is not None or args.seed is not None):
-        parser.error("--test-size and --seed draw a random split, which --test-dataset replaces")
+        parser.error("--test-size and --seed have no effect with --test-dataset")
     if is_data_file(args.dataset) and (args.config or args.revision or args.split != "train"):
-        parser.error("--config, --split and --revision are for datasets on the Hub, not for a file")
+        parser.error("--config, --split and --revision have no effect on a file")
     args.test_size = DEFAULT_TEST_SIZE if args.test_size is None else args.test_size
     args.seed = DEFAULT_SEED if args.seed is None else args.seed
     if args.config is None and args.dataset == DEFAULT_DATASET:
@@ -151,7 +151,7 @@ def fail(message: str) -> NoReturn:
 # ---- Loading rows
 
 
-# A name that ends in one of these is a file and not a dataset on the Hub, even if it is missing.
+# A name that ends in one of these is treated as a file, even if the file does not exist.
 FILE_SUFFIXES = [".json", ".jsonl", ".gz", ".parquet", ".csv", ".tsv", ".txt"]
 
 
@@ -192,9 +192,9 @@ def parse_json_values(text: str) -> list:
         except json.JSONDecodeError as error:
             start = text.count("\n", 0, match.start()) + 1
             end = text.count("\n", 0, error.pos) + 1
-            where = f"in line {end}: " if end > start else ""
+            where = f", in line {end}" if end > start else ""
             raise ValueError(
-                f"line {start} is not valid JSON ({where}{error.msg}). A .jsonl file has one JSON "
+                f"line {start} is not valid JSON ({error.msg}{where}). A .jsonl file has one JSON "
                 "object per line, and a .json file has an array of objects. Save other formats as "
                 "one of these."
             ) from None
@@ -284,23 +284,23 @@ def load_sources(args: argparse.Namespace) -> list[Source]:
 
 
 def to_json(value: Any) -> str:
-    """Write JSON with plain letters. Dates, which Parquet files can contain, become text."""
+    """Write JSON without \\u escapes. Dates, which Parquet files can contain, become text."""
 
     def write_date(value: Any) -> str:
         if hasattr(value, "isoformat"):
             return value.isoformat()
-        raise ValueError(f"a value of type {type(value).__name__}, which JSON does not have")
+        raise ValueError(f"a value of type {type(value).__name__}, which JSON cannot represent")
 
     try:
         return json.dumps(value, ensure_ascii=False, allow_nan=False, default=write_date)
     except ValueError as error:
         if "Out of range float" in str(error):
-            raise ValueError("NaN or infinity, which JSON does not have") from None
+            raise ValueError("NaN or infinity, which JSON cannot represent") from None
         raise
 
 
 def parse_literal(value: Any) -> Any:
-    """Read a text as JSON, or else as a Python literal: the published data exists in both."""
+    """Read a text as JSON, or else as a Python literal: the published data has both."""
     if not isinstance(value, str):
         return value
     for read in (json.loads, ast.literal_eval):
@@ -308,11 +308,13 @@ def parse_literal(value: Any) -> Any:
             return read(value.strip())
         except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
             continue
-    raise ValueError("text in place of tools, turns or calls that is neither JSON nor Python")
+    raise ValueError(
+        "text in place of tools, turns or calls that is neither JSON nor a Python literal"
+    )
 
 
 def parse_nested(value: Any) -> Any:
-    """Read JSON text, also where it was encoded several times."""
+    """Read JSON text, even if it was encoded several times."""
     while isinstance(value, str):
         value = parse_literal(value)
     return value
@@ -494,7 +496,7 @@ JSON_ESCAPE = re.compile(
 
 
 def write_plain_letters(json_text: str) -> str:
-    """Replace the \\u escapes of JSON text by their characters, where JSON allows it."""
+    """Replace the \\u escapes of JSON text with their characters where JSON allows it."""
 
     def decode(match: re.Match) -> str:
         if match[0] == "\\\\":
@@ -509,7 +511,7 @@ def write_plain_letters(json_text: str) -> str:
 
 
 def read_arguments(arguments: Any, keep_nulls: bool, notices: Counter) -> str:
-    """Return the arguments of a call as JSON text. Text keeps its spacing and its nulls."""
+    """Return the arguments of a call as JSON text. If they are text, spacing and nulls are kept."""
     if arguments is None or (isinstance(arguments, str) and not arguments.strip()):
         return "{}"
     value = parse_nested(arguments)
@@ -543,7 +545,7 @@ def read_call(call: Any, keep_nulls: bool, notices: Counter) -> dict:
     call = {key: value for key, value in call.items() if value is not None}
     kind = call.pop("type", "function")
     if kind not in CALL_TYPES:
-        raise ValueError(f"a call of type {to_json(kind)}")
+        raise ValueError(f"a call of the unsupported type {to_json(kind)}")
     call_id = take(call, "id", "call_id", "tool_call_id")
     function = call.pop("function", {})
     if isinstance(function, str) and not function.lstrip().startswith("{"):
@@ -564,8 +566,7 @@ def read_call(call: Any, keep_nulls: bool, notices: Counter) -> dict:
 def take_arguments(function: dict, call: dict) -> Any:
     """Return the arguments of a call, which are in its function object or next to it.
 
-    Raises ValueError where other keys might hold them: such a call never becomes one without
-    arguments.
+    Raises ValueError if other keys might contain the arguments, so that they are never lost.
     """
     given = [part.pop(key) for part in (function, call) for key in ARGUMENT_KEYS if key in part]
     given = [value for value in given if not isinstance(value, str) or value.strip()]
@@ -574,7 +575,7 @@ def take_arguments(function: dict, call: dict) -> Any:
         parsed = [parse_nested(value) for value in with_content]
     except ValueError:
         raise ValueError(
-            "a call whose arguments are text that is neither JSON nor Python"
+            "a call whose arguments are text that is neither JSON nor a Python literal"
         ) from None
     if any(value != parsed[0] for value in parsed):
         raise ValueError("a call with different arguments in two places")
@@ -582,7 +583,7 @@ def take_arguments(function: dict, call: dict) -> Any:
     others = [key for key in others if has_content({**call, **function}[key])]
     if "parameters" in (*function, *call) or (others and not given):
         keys = ", ".join(map(to_json, others or ["parameters"]))
-        raise ValueError(f"a call with no arguments, but the unread key {keys}")
+        raise ValueError(f"a call without arguments, but with the unknown key {keys}")
     return with_content[0] if with_content else None
 
 
@@ -742,7 +743,7 @@ def read_assistant_message(message: dict, is_call_turn: bool, notices: Counter) 
         if not tool_calls:
             tool_calls = more
         elif render_calls(tool_calls) != render_calls(more):
-            raise ValueError(f'a turn with different calls in "{key}" than elsewhere')
+            raise ValueError(f'a turn whose "{key}" differs from its other calls')
     if contains_calls(text) and tool_calls:
         if not has_same_calls(text, tool_calls):
             raise ValueError("a turn whose text and tool_calls contain different calls")
@@ -836,10 +837,10 @@ def read_glaive(row: dict) -> list:
         system, row["tools"] = split_glaive_system(system)
     chat = row.pop("chat")
     if not isinstance(chat, str):
-        raise ValueError('a "chat" that is not a text, as in Glaive v2')
+        raise ValueError('a "chat" that is not text')
     pieces = re.split(r"^[ \t]*(USER|ASSISTANT|FUNCTION RESPONSE):", chat, flags=re.MULTILINE)
     if pieces[0].strip():
-        raise ValueError('a "chat" that does not begin with USER:, as in Glaive v2')
+        raise ValueError('a "chat" that does not begin with USER:')
     messages = [{"role": "system", "content": system}]
     for speaker, text in zip(pieces[1::2], pieces[2::2], strict=True):
         text = text.replace("<|endoftext|>", "").strip()
@@ -877,10 +878,10 @@ def read_glaive_call(text: str) -> dict:
     return {**parse_literal(text[: quoted.start()] + '"arguments": null}'), "arguments": quoted[1]}
 
 
-# Each layout with the keys of a row that choose it. A new layout is a line here and a function that
-# turns a row into OpenAI-style messages. It pops every key that it reads, because the remaining
-# keys are reported as unread. If its messages can contain something new, the chat template of
-# function_calling_train.py must render it exactly as the split contains it.
+# Each layout with the keys of a row that identify it. A new layout is a line here and a function
+# that turns a row into OpenAI-style messages. It pops every key that it reads, because the
+# remaining keys are reported as unread. If its messages can contain something new, the chat
+# template of function_calling_train.py must render it exactly as the split contains it.
 LAYOUTS = {
     '"messages" (OpenAI)': (["messages"], read_openai),
     '"conversations" (from/value)': (["conversations"], read_sharegpt),
@@ -1009,7 +1010,9 @@ FOLLOWERS = {
 
 
 def render_turns(messages: list[dict], notices: Counter) -> list[dict]:
-    """Return the turns of a split, without system text and tools; neighbors are joined.
+    """Return the turns of a split, without system text and tools.
+
+    Consecutive messages with the same role are joined.
 
     The chat template of function_calling_train.py renders OpenAI's messages in the same way.
     """
@@ -1151,7 +1154,7 @@ def inspect_record(record: dict, notices: Counter) -> None:
         if turn["role"] != "assistant":
             continue
         if not turn.get("train", True):
-            notices["noticed", "turns that carry no loss"] += 1
+            notices["noticed", "turns excluded from training and evaluation"] += 1
         for block in find_call_blocks(turn["content"]):
             try:
                 name = read_call_block(block)
@@ -1167,7 +1170,7 @@ def inspect_record(record: dict, notices: Counter) -> None:
 # ---- From rows to splits
 
 
-MAX_REASONS = 10  # that are printed of each kind
+MAX_REASONS = 10  # number of reasons printed for each kind
 ENOUGH_TEST_CALLS = 50  # for confidence intervals that are narrow enough to compare two runs
 
 
@@ -1206,11 +1209,11 @@ class Report:
                 if entry["count"] != entry["rows"]:
                     where = f"in {entry['rows']:,} row{'s' * (entry['rows'] > 1)}, {where}"
                 if unread := entry.get("unread_in_first_row"):
-                    where += f", where {', '.join(unread)} is unread"
+                    where += f"; not read: {', '.join(unread)}"
                 print(f"  {kind:<9} {entry['count']:,}: {reason} ({where})")
             if len(reasons) > MAX_REASONS:
                 num_others = len(reasons) - MAX_REASONS
-                print(f"  {kind:<9} {num_others:,} other kinds, all in dataset_info.json")
+                print(f"  {kind:<9} {num_others:,} other reasons, listed in dataset_info.json")
 
 
 def convert_rows(rows: list, before_request: str, report: Report) -> list[Converted | None]:
@@ -1293,7 +1296,7 @@ def check_any_kept(report: Report) -> None:
         reasons = []
         for reason, entry in report.found["dropped"].items():
             unread = ", ".join(entry.get("unread_in_first_row", []))
-            reasons.append(f"{reason} (unread: {unread})" if unread else reason)
+            reasons.append(f"{reason} (not read: {unread})" if unread else reason)
         if len(reasons) > MAX_REASONS:
             reasons[MAX_REASONS:] = [f"{len(reasons) - MAX_REASONS} other reasons"]
         reasons = "; ".join(reasons)
@@ -1335,7 +1338,10 @@ def write_splits(splits: dict[str, list[Converted]], info: dict, folder: Path) -
         for name in texts:
             (folder / f"{name}.tmp").replace(folder / name)
     except OSError as error:
-        fail(f"--output-dir {folder} cannot be written: {error.strerror}")
+        fail(
+            f"cannot write to --output-dir {folder} ({error.strerror}). Choose another "
+            "folder, or free some disk space."
+        )
 
 
 def print_summary(info: dict, reports: list[Report], output_dir: Path) -> None:
@@ -1354,15 +1360,15 @@ def print_summary(info: dict, reports: list[Report], output_dir: Path) -> None:
     noticed = [reason for report in reports for reason in report.found["noticed"]]
     if any(reason.startswith(FOREIGN_CALLS) for reason in noticed):
         print(
-            "warning: the model would learn the unsupported format, which the evaluation does not "
-            f"score. Supported layouts: {LAYOUT_NAMES}."
+            "warning: some turns make calls in an unsupported format. The model would learn that "
+            f"format, and the evaluation does not score it. Supported layouts: {LAYOUT_NAMES}."
         )
     has_calls = any(info[name]["tool_call_turns"] for name in SPLIT_FILES)
     num_test_calls = info["test"]["tool_call_turns"]
     if has_calls and num_test_calls < ENOUGH_TEST_CALLS:
         print(
-            f"warning: few turns with calls to test on ({num_test_calls}), so the scores of calls "
-            f"will be imprecise. At least {ENOUGH_TEST_CALLS} are better."
+            f"warning: the test split has only {num_test_calls} turns with calls, so the scores of "
+            f"calls will be imprecise. Use at least {ENOUGH_TEST_CALLS}."
         )
     declares_tools = any(info[name]["declare_tools"] for name in SPLIT_FILES)
     if declares_tools and not has_calls:

@@ -246,10 +246,10 @@ def test_a_comparison_uses_only_the_queries_that_both_runs_answered(evaluate, ca
     path = results / "baseline" / "predictions.jsonl"
     path.write_text(path.read_text(encoding="utf-8").replace('"reference": "', '"reference": "x'))
     evaluate("--rescore")
-    assert "answers none of these queries" in capsys.readouterr().out
+    assert "has no prediction for these queries" in capsys.readouterr().out
     assert "difference" not in read_metrics(results / "fine-tuned")
     assert not (results / "fine-tuned" / "comparison.png").exists()  # it showed the old predictions
-    with pytest.raises(SystemExit, match="baseline answers no query of"):
+    with pytest.raises(SystemExit, match="baseline contains no prediction for"):
         evaluate("--baseline", "--rescore")
 
 
@@ -392,7 +392,7 @@ def test_user_mistakes_print_one_line(tiny_model, splits, finished, tmp_path):
         (tmp_path / "no model", ["--baseline"], ["no model", "tokenizer.json"]),
         ("google/not-in-the-cache", ["--baseline"], ["google/not-in-the-cache", "HF_HUB_OFFLINE"]),
         (tiny_model, ["--adapter", tmp_path / "no model"], ["training_run.json"]),
-        (tiny_model, ["--adapter", "unfinished"], ["is not finished", "again with --resume"]),
+        (tiny_model, ["--adapter", "unfinished"], ["is not finished", "command with --resume"]),
         (finished.adapter, ["--baseline"], ["is an adapter"]),
         (tiny_model, ["--predictions", "q.jsonl"], ["q.jsonl: No such file"]),
         (tiny_model, ["--rescore"], ["fine-tuned contains no evaluation"]),
@@ -452,7 +452,7 @@ def test_an_adapter_trained_on_a_different_train_split_causes_a_warning(
     with open(data / "function_calling_train.jsonl", "a") as file:
         file.write("\n")
     evaluation.find_adapter(args)
-    assert "was trained on another train split" in capsys.readouterr().err
+    assert "was trained on a different train split" in capsys.readouterr().err
 
 
 def test_a_report_on_an_incomplete_run_says_that_queries_are_missing(tiny_model, splits, tmp_path):

@@ -221,13 +221,19 @@ def test_a_call_has_no_arguments_only_if_no_key_could_contain_them():
 BAD_CALLS = [
     ({"function": {"arguments": PORT}}, "without a name"),
     ({"type": "custom", "custom": {"name": "depth", "input": "Ulm"}}, 'type "custom"'),
-    ({"name": "depth", "port": "Ulm"}, 'no arguments, but the unread key "port"'),
-    ({"function": {"name": "depth", "kwargs": PORT}}, 'no arguments, but the unread key "kwargs"'),
-    ({"name": "depth", "parameters": PORT}, 'no arguments, but the unread key "parameters"'),
+    ({"name": "depth", "port": "Ulm"}, 'without arguments, but with the unknown key "port"'),
+    (
+        {"function": {"name": "depth", "kwargs": PORT}},
+        'without arguments, but with the unknown key "kwargs"',
+    ),
+    (
+        {"name": "depth", "parameters": PORT},
+        'without arguments, but with the unknown key "parameters"',
+    ),
     ({"name": "depth", "arguments": ["Ulm"]}, "arguments are not an object"),
-    ({"name": "depth", "arguments": "Ulm"}, "neither JSON nor Python"),
+    ({"name": "depth", "arguments": "Ulm"}, "neither JSON nor a Python literal"),
     ({"function": {"name": "f", "arguments": {"a": 1}}, "args": {"a": 2}}, "in two places"),
-    ("depth", "neither JSON nor Python"),
+    ("depth", "neither JSON nor a Python literal"),
     (7, "not an object with a name"),
 ]
 
@@ -263,7 +269,7 @@ def test_a_call_in_both_the_text_and_the_fields_is_written_once():
         calls(tool_call("Kiel"), **text),
         calls(tool_call(), function_call={"name": "f"}),
     ):
-        with pytest.raises(ValueError, match="different calls"):
+        with pytest.raises(ValueError, match="different calls|differs from its other calls"):
             convert(row_of(ASK, other))
 
 
@@ -456,7 +462,7 @@ def test_a_turn_with_a_loss_mark_carries_no_loss(mark):
     notices = Counter()
     messages = prepare.convert_row(row, notices=notices)["messages"]
     assert [turn.get("train") for turn in messages] == [None, False, None, None, None, None]
-    assert notices == {("noticed", "turns that carry no loss"): 1}
+    assert notices == {("noticed", "turns excluded from training and evaluation"): 1}
     joined = prepare.convert_row(row_of(ASK, {**ANSWER, **mark}, ANSWER, ASK, ANSWER))["messages"]
     assert joined[1] == {"role": "assistant", "content": "9 metres.\n\n9 metres.", "train": False}
     with pytest.raises(ValueError, match="no assistant turn to train on"):
@@ -782,10 +788,10 @@ def test_a_test_set_that_cannot_be_loaded_prints_one_line(options, words, tmp_pa
 def test_options_without_effect_are_refused(capsys):
     with pytest.raises(SystemExit):
         prepare.parse_args(["--test-dataset", "x.jsonl", "--seed", "1"])
-    assert "--test-dataset replaces" in capsys.readouterr().err
+    assert "no effect with --test-dataset" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         prepare.parse_args(["--dataset", "x.jsonl", "--split", "test"])
-    assert "not for a file" in capsys.readouterr().err
+    assert "no effect on a file" in capsys.readouterr().err
 
 
 # ---- Small files from common tools
@@ -852,7 +858,10 @@ CASE_SYSTEMS = {
 CASE_NOTICES = {
     "r02_available_tools": ['key "uuid" of a row'],
     "r02_functions": ['key "uuid" of a row'],
-    "r03_weight": ['key "parallel_tool_calls" of a row', "turns that carry no loss"],
+    "r03_weight": [
+        'key "parallel_tool_calls" of a row',
+        "turns excluded from training and evaluation",
+    ],
     "r05_langchain_args": ["results whose tool_call_id matches no call"],
     "r16_unicode_escapes": ["results whose tool_call_id matches no call"],
 }

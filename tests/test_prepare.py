@@ -103,10 +103,10 @@ DROPPED = [
     (turns(HELLO, HI), "expected a turn with role user, found role assistant"),
     (turns(HI, ("tool", "1"), HELLO), "with role assistant, found role tool"),
     (turns(("system", "Only"), HI), "no assistant turn to train on"),
-    (turns(HI, ("function_call", "get_weather(Oslo)")), "neither JSON nor Python"),
+    (turns(HI, ("function_call", "get_weather(Oslo)")), "neither JSON nor a Python literal"),
     (
         turns(HI, ("function_call", '{"name": "f", "parameters": {}}')),
-        'the unread key "parameters"',
+        'the unknown key "parameters"',
     ),
 ]
 
@@ -231,7 +231,7 @@ def test_many_reasons_are_cut_short_and_all_of_them_are_in_the_file(tmp_path, ca
     _, info = run(write_rows(tmp_path / "rows.jsonl", rows), tmp_path / "out")
     printed = capsys.readouterr().out
     assert len(info["dropped"]) == 40 and printed.count("  dropped   1: ") == 10
-    assert "  dropped   30 other kinds, all in dataset_info.json" in printed
+    assert "  dropped   30 other reasons, listed in dataset_info.json" in printed
     with pytest.raises(SystemExit, match="; 30 other reasons. Supported layouts"):
         run(write_rows(tmp_path / "none.jsonl", rows[5:]), tmp_path / "none")
 
@@ -244,8 +244,8 @@ def test_only_the_unchanged_dataset_and_prompt_count_as_published(flags):
 
 
 UNREADABLE = [
-    ("rows.jsonl", '{"id": 1}\n\n{"id": 2\n{"id": 3}', "line 3 is not valid JSON .in line 4: "),
-    ("rows.json", '[\n{"id": 1},\n{"id": 2,,}\n]', "in line 3: "),
+    ("rows.jsonl", '{"id": 1}\n\n{"id": 2\n{"id": 3}', "line 3 is not valid JSON .*, in line 4"),
+    ("rows.json", '[\n{"id": 1},\n{"id": 2,,}\n]', ", in line 3"),
     ("rows.csv", "messages,tools\n", "line 1 is not valid JSON .Expecting value.*as one of these"),
     ("rows.json", "[" * 100_000, "recursion"),
     ("rows.json", "[]", "contains no rows"),
@@ -256,7 +256,7 @@ UNREADABLE = [
     (
         "rows.jsonl",
         json.dumps({"messages": [{"role": "user", "contents": "Hi"}]}),
-        'an empty turn with role user .unread: key "contents" of a message with role user',
+        'an empty turn with role user .not read: key "contents" of a message with role user',
     ),
     ("rows.jsonl", json.dumps(turns(HI, HELLO)), "too few rows .1.*at least 3 rows"),
     ("absent.jsonl", None, "no such file"),
@@ -309,5 +309,5 @@ def test_the_summary_warns_if_turns_call_tools_and_no_row_declares_any(tmp_path,
     run(write_rows(tmp_path / "rows.jsonl", rows), tmp_path / "out")
     printed = capsys.readouterr().out
     assert "warning: turns call tools, but no row declares any" in printed
-    assert "warning: few turns with calls to test on (2)" in printed
+    assert "warning: the test split has only 2 turns with calls" in printed
     assert 'key "tool" of a row' in printed
