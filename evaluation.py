@@ -261,7 +261,8 @@ def describe_error(error: BaseException) -> str:
         return error.strerror
     if isinstance(error, KeyError):
         return f"{error} is missing"
-    return " ".join(str(error).split()) or "unknown error"
+    text = re.sub(r"\[Errno -?\d+\] ", "", str(error))
+    return " ".join(text.split()) or "unknown error"
 
 
 def read_jsonl(path: Path, ignore_cut_line: bool = False) -> Iterator[tuple[str, dict]]:
@@ -386,11 +387,12 @@ def find_folder(
         fail(f"{name} has no revision {revision} on the Hub.")
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled):
         is_offline = huggingface_hub.constants.HF_HUB_OFFLINE
-        cause = "HF_HUB_OFFLINE is set" if is_offline else "the Hub cannot be reached"
-        remedy = "Run with HF_HUB_OFFLINE=0" if is_offline else "Check the network"
+        reason = "the Hub cannot be reached. Check the spelling and the network connection"
+        if is_offline:
+            reason = "HF_HUB_OFFLINE is set. Check the spelling, set HF_HUB_OFFLINE=0"
         fail(
-            f"{name} is not a local folder, {cause}, and the download cache does not "
-            f"contain it. {remedy}, or pass a local folder."
+            f"{name} is neither a local folder nor in the download cache, and {reason}, or pass a "
+            "local folder."
         )
     except Exception as error:
         fail(f"downloading {name} failed: {describe_error(error)}")
@@ -631,9 +633,10 @@ def read_finish_reason(reason: str | None) -> str:
 
 def read_answer(answer: dict) -> tuple[str, str]:
     """Return (text, finish reason) of an answer in OpenAI's fields; tool calls become text."""
-    text = answer.get("content", answer.get("output"))
+    text = answer.get("content") or answer.get("output")
     if isinstance(text, list):
-        parts = [part for part in text if part.get("type", "text") in ("text", "output_text")]
+        parts = [{"text": part} if isinstance(part, str) else part for part in text]
+        parts = [part for part in parts if part.get("type", "text") in ("text", "output_text")]
         text = "".join(part["text"] for part in parts)
     if not isinstance(text, str | None):
         raise TypeError("the content is not text")
@@ -911,11 +914,11 @@ class PredictionWriter:
             self.file.writelines(self.unwritten)
             self.file.flush()
             self.unwritten.clear()
+        self.num_answered += finish_reason != "failed"
         self.print_progress()
 
     def print_progress(self) -> None:
         """Print a line at most once a minute where no terminal shows the progress bar."""
-        self.num_answered += 1
         now = time.monotonic()
         if now - self.last_line >= 60 and not sys.stderr.isatty():
             self.last_line = now
@@ -966,7 +969,7 @@ def describe_run(args: argparse.Namespace) -> dict:
     model_dir = Path(args.model).expanduser()
     info = read_dataset_info(args.test_file)
     test_hash = hash_file(args.test_file)
-    is_described = info.get("test", {}).get("sha256") == test_hash
+    is_described = (info.get("test") or {}).get("sha256") == test_hash
     run = {
         "source": source,
         "model": name_of(args.model),
@@ -1058,6 +1061,8 @@ def match_answers(path: Path, queries: list[dict]) -> dict[tuple[str, str], tupl
                 f"{place} has no {missing[0]!r}; its keys are {', '.join(row)}. Each line "
                 "needs conversation_id, turn and output."
             )
+        if key_of(row) in answers:
+            fail(f"{place} repeats an earlier prediction: {key_of(row)[0]}, turn {row['turn']}.")
         with exit_on_error(place):
             answers[key_of(row)] = read_answer(row)
     if not answers:
@@ -1078,7 +1083,7 @@ def match_answers(path: Path, queries: list[dict]) -> dict[tuple[str, str], tupl
     return matched
 
 
-def evaluate(args: argparse.Namespace, results_dir: Path, queries: list[dict]) -> None:
+def write_predictions(args: argparse.Namespace, results_dir: Path, queries: list[dict]) -> None:
     """Write the answers of a model, a server or a file to run.json and predictions.jsonl."""
     args.max_new_tokens = args.max_new_tokens or DEFAULT_MAX_NEW_TOKENS
     run = describe_run(args)
@@ -1219,6 +1224,8 @@ def read_call(text: str) -> dict:
         arguments = read_literal(arguments) if arguments.strip() else None
     if not name or not isinstance(name, str) or not isinstance(arguments, dict | None):
         raise ValueError("not a call")
+    if not arguments and not {"name", "arguments", "id", "type", "index"}.issuperset(call):
+        raise ValueError("the arguments may be under another key")
     # Through JSON, so that a Python tuple is a list and 1.0 is 1.
     arguments = json.loads(json.dumps(arguments or {}), parse_float=read_float)
     return {"name": name, "arguments": arguments, "text": json.dumps(arguments, sort_keys=True)}
@@ -1467,7 +1474,7 @@ def judge_predictions(
     judged = {}
     for query in queries:
         prediction = predictions.get(key_of(query))
-        if prediction and prediction["reference"] == query["reference"]:
+        if prediction and prediction.get("reference") == query["reference"]:
             verdict = judge_turn(prediction, read_tools(query["tools"]), seen_tools)
             is_repeated = query.get("is_repeated", False)
             judged[key_of(query)] = {**prediction, **verdict, "is_repeated": is_repeated}
@@ -1480,23 +1487,21 @@ def text_key(query: dict) -> tuple:
     return (*messages, query["reference"])
 
 
-def compare_with_train(queries: list[dict], test_file: Path) -> set[str] | None:
-    """Mark each query with "is_repeated": prompt and reference are also in the train split.
+def read_train_split(test_file: Path) -> tuple[set[tuple], set[str] | None]:
+    """Return (text_key of all queries, names of all tools) of the train split next to a test split.
 
-    Returns the names of all tools in the train split, or None without a train split.
+    The names are None if there is no train split.
     """
     train_file = test_file.with_name("function_calling_train.jsonl")
     if not train_file.is_file():
-        return None
+        return set(), None
     texts = set()
     names = set()
     for query in read_queries(train_file):
         texts.add(text_key(query))
         names.update(read_tools(query["tools"]) or {})
         names.update(call["name"] for call in parse_calls(query["reference"]) or [])
-    for query in queries:
-        query["is_repeated"] = text_key(query) in texts
-    return names
+    return texts, names
 
 
 # ---- Judge: means and intervals
@@ -1536,16 +1541,16 @@ def resample(turns: list[dict]) -> tuple[numpy.ndarray, numpy.ndarray]:
         return totals[..., 0] / totals[..., 1], totals[0, :, 1]
 
 
-def estimate(turns: list[dict], baseline: list[dict] | None = None) -> dict[str, dict]:
+def estimate(turns: list[dict], other: list[dict] | None = None) -> dict[str, dict]:
     """Return {metric: {"value", "n", "interval"}} of some turns.
 
-    With `baseline`, judged predictions for the same queries, the values are paired differences.
+    With `other`, judged predictions for the same queries, the values are paired differences.
     """
     if not turns:
         return {}
     values, n = resample(turns)
-    if baseline:
-        values = values - resample(baseline)[0]  # the same conversations are drawn
+    if other:
+        values = values - resample(other)[0]  # the same conversations are drawn
     result = {}
     for i, metric in enumerate(METRICS):
         if not numpy.isnan(values[0, i]):
@@ -1633,7 +1638,12 @@ def describe_value(run: dict, key: str) -> str:
 
 
 def compare_runs(
-    run: dict, turns: dict, results_dir: Path, folder: Path, queries: list[dict], seen: set | None
+    run: dict,
+    judged: dict[tuple[str, str], dict],
+    results_dir: Path,
+    folder: Path,
+    queries: list[dict],
+    seen_tools: set[str] | None,
 ) -> Comparison:
     """Judge another run's predictions on the same queries, and list how the two runs differ."""
     theirs = read_run(folder)
@@ -1647,10 +1657,10 @@ def compare_runs(
         ]
 
     recorded = [key for key in REMARKED if None not in (run.get(key), theirs.get(key))]
-    judged = {}
+    judged_there = {}
     if run["test_split_sha256"] == theirs.get("test_split_sha256"):
-        judged = judge_predictions(folder / "predictions.jsonl", queries, seen)
-    both = [key for key in turns if key in judged]
+        judged_there = judge_predictions(folder / "predictions.jsonl", queries, seen_tools)
+    both = [key for key in judged if key in judged_there]
     is_ambiguous = folder.name in (results_dir.name, "difference")
     return Comparison(
         folder=folder,
@@ -1658,8 +1668,8 @@ def compare_runs(
         conditions=describe_changes(CONDITIONS),
         remarks=describe_changes(recorded),
         is_limit_unknown="predictions file" in (run.get("source"), theirs.get("source")),
-        ours=[turns[key] for key in both],
-        theirs=[judged[key] for key in both],
+        ours=[judged[key] for key in both],
+        theirs=[judged_there[key] for key in both],
     )
 
 
@@ -1840,9 +1850,12 @@ def report_results(
         )
     if metrics["repeated_queries"]:
         num_repeated = len(metrics["repeated_queries"])
-        without_repeated = make_columns(label, turns, comparison, with_repeated=False)
-        print(f"{num_repeated:,} of these queries are also in the train split. Without them:\n")
-        print(f"{format_scores(without_repeated, metrics=MAIN_METRICS)}\n")
+        print(f"{num_repeated:,} of these queries are also in the train split.", end="")
+        if num_repeated < len(turns):
+            without_repeated = make_columns(label, turns, comparison, with_repeated=False)
+            table = format_scores(without_repeated, metrics=MAIN_METRICS)
+            print(f" Without them:\n\n{table}", end="")
+        print("\n")
     print_counts(metrics)
     print_failures(turns, queries, args)
     return turns
@@ -1973,18 +1986,21 @@ def run(args: argparse.Namespace, argv: list[str]) -> None:
     queries = read_queries(args.test_file, args.limit)
     # Fail now, not after hours of generation.
     compare_dir = find_comparison(args, results_dir)
-    seen_tools = compare_with_train(queries, args.test_file)
+    train_texts, seen_tools = read_train_split(args.test_file)
+    for query in queries:
+        query["is_repeated"] = text_key(query) in train_texts
     if should_generate(args, results_dir):
-        evaluate(args, results_dir, queries)
+        write_predictions(args, results_dir, queries)
     turns = report_results(args, results_dir, queries, seen_tools, compare_dir)
     failed = [turn for turn in turns if turn["failure"] == "failed"]
     num_missing = len(queries) - len(turns)
     if failed:
         missing = f", and {num_missing} queries were not sent" if num_missing else ""
+        advice = "Use --resume to send them again. " if args.server else ""
         fail(
-            f"{len(failed)} queries failed (no answer) and count as wrong{missing}. Use --resume "
-            f"to send them again. The first is conversation {failed[0]['conversation_id']}, turn "
-            f"{failed[0]['turn']}: {failed[0].get('error')}"
+            f"{len(failed)} queries failed (no answer) and count as wrong{missing}. {advice}The "
+            f"first is conversation {failed[0]['conversation_id']}, turn {failed[0]['turn']}: "
+            f"{failed[0].get('error')}"
         )
     if num_missing and not args.predictions:
         print(f"Unfinished  {num_missing:,} queries have no output yet. Use --resume to continue.")

@@ -554,7 +554,7 @@ def describe(error: Exception) -> str:
     """The text of an error on one line, without the error number of the operating system."""
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    return " ".join(str(error).split())
+    return " ".join(re.sub(r"\[Errno -?\d+\] ", "", str(error)).split())
 
 
 def local_rank() -> int:
@@ -562,8 +562,8 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", 0))
 
 
-def read_split(path: Path) -> tuple[list[list[dict]], dict[str, str]]:
-    """Return the messages of each conversation, and the wording from dataset_info.json."""
+def read_split(path: Path) -> tuple[list[list[dict]], dict]:
+    """Return (the messages of each conversation, dataset_info.json, which is next to the split)."""
     advice = (
         "Run prepare_function_calling_dataset.py first, or pass its train split as --train-file."
     )
@@ -574,20 +574,23 @@ def read_split(path: Path) -> tuple[list[list[dict]], dict[str, str]]:
         fail(f"{path} is not a split of step 1: no dataset_info.json is next to it. {advice}")
     try:
         info = json.loads(info_path.read_text("utf-8"))
-        wording = info["prompt"]
-        test_file = info["test"]["file"]
+        if "prompt" not in info:
+            raise ValueError("no wording of the prompts")
+        is_test_split = info["test"]["file"] == path.name
     except (ValueError, KeyError, TypeError):
         fail(f"{info_path} was not written by step 1. {advice}")
-    if path.name == test_file:
+    if is_test_split:
         fail(f"{path} is the test split. Pass the train split as --train-file.")
     conversations = []
     with open(path, "rb") as lines:
         for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
             try:
                 conversations.append(read_messages(line))
             except (ValueError, KeyError, TypeError, RecursionError):
                 fail(f"{path}, line {number} does not have the format of a split. {advice}")
-    return conversations, wording
+    return conversations, info
 
 
 def read_messages(line: bytes) -> list[dict]:
@@ -949,9 +952,9 @@ def build_trainer(
     from trl import SFTTrainer
 
     num_processes = int(os.environ.get("WORLD_SIZE", 1))
-    share = args.conversations_per_step // num_processes
-    batch_size = args.batch_size or (max(1, share) if device == "cuda" else 1)
-    if not share or args.conversations_per_step % (batch_size * num_processes):
+    num_per_process = args.conversations_per_step // num_processes
+    batch_size = args.batch_size or (max(1, num_per_process) if device == "cuda" else 1)
+    if not num_per_process or args.conversations_per_step % (batch_size * num_processes):
         fail(
             f"--conversations-per-step {args.conversations_per_step} is not divisible by "
             f"{batch_size * num_processes} (--batch-size {batch_size} × processes "
@@ -965,7 +968,7 @@ def build_trainer(
     torch.backends.cuda.enable_cudnn_sdp(False)
     os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(args.tracker_dir))
     is_bf16 = model.dtype == torch.bfloat16
-    num_accumulated = share // batch_size
+    num_accumulated = num_per_process // batch_size
     lora = LoraConfig(
         r=args.lora_rank,
         lora_alpha=args.lora_alpha,
@@ -1346,24 +1349,29 @@ PUBLISHED_DATA = "NousResearch/hermes-function-calling-v1"
 
 
 def describe_scores(args: argparse.Namespace) -> str:
-    """The scores of exactly these weights, if evaluation.py has written any."""
+    """The scores of exactly these weights on the most queries, if evaluation.py wrote any."""
     weights = (args.output_dir / "adapter_model.safetensors").read_bytes()
     adapter_sha256 = hashlib.sha256(weights).hexdigest()
-    for path in sorted(Path("evaluation_results", args.model_name).glob("*/metrics.json")):
-        metrics = json.loads(path.read_text(encoding="utf-8"))
-        if metrics.get("run", {}).get("adapter_sha256") != adapter_sha256:
-            continue
-        rows = ["| score | value | 95% CI | n |", "|---|---|---|---|"]
-        labels = metrics.get("labels", {})
-        for name, score in metrics["scores"].items():
-            if score.get("value") is not None:
-                low, high = score["interval"]
-                label = labels.get(name, name.replace("_", " "))
-                rows.append(
-                    f"| {label} | {score['value']:.3f} | {low:.3f}, {high:.3f} | {score['n']} |"
-                )
-        return "\n".join(rows)
-    return "Not evaluated yet."
+    paths = sorted(Path("evaluation_results", args.model_name).glob("*/metrics.json"))
+    evaluations = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+    evaluations = [
+        metrics
+        for metrics in evaluations
+        if metrics.get("run", {}).get("adapter_sha256") == adapter_sha256
+    ]
+    if not evaluations:
+        return "Not evaluated yet."
+    metrics = max(evaluations, key=lambda metrics: metrics["queries"])
+    rows = ["| score | value | 95% CI | n |", "|---|---|---|---|"]
+    labels = metrics.get("labels", {})
+    for name, score in metrics["scores"].items():
+        if score.get("value") is not None:
+            low, high = score["interval"]
+            label = labels.get(name, name.replace("_", " "))
+            rows.append(
+                f"| {label} | {score['value']:.3f} | {low:.3f}, {high:.3f} | {score['n']} |"
+            )
+    return "\n".join(rows)
 
 
 def describe_data(dataset: str | None, counts: dict[str, int] | None) -> str:
@@ -1384,11 +1392,10 @@ def best_loss(training_run: dict) -> float:
     return losses[training_run["best_step"]]
 
 
-def write_model_card(args: argparse.Namespace, training_run: dict) -> None:
+def write_model_card(args: argparse.Namespace, info: dict, training_run: dict) -> None:
     """Write the model card, unless the folder already has the same text."""
     from huggingface_hub import ModelCardData
 
-    info = json.loads(args.train_file.with_name("dataset_info.json").read_text(encoding="utf-8"))
     dataset = None
     if info.get("is_published_split"):
         dataset = PUBLISHED_DATA
@@ -1481,18 +1488,17 @@ def evaluation_command(args: argparse.Namespace, *flags: str) -> str:
     return shlex.join(command)
 
 
-def has_baseline(args: argparse.Namespace) -> bool:
+def has_baseline(args: argparse.Namespace, info: dict) -> bool:
     """Whether evaluation.py has scored the baseline on the test split of this run."""
+    metrics = Path("evaluation_results", args.model_name, "baseline", "metrics.json")
     try:
-        info = json.loads(args.train_file.with_name("dataset_info.json").read_text("utf-8"))
-        metrics = Path("evaluation_results", args.model_name, "baseline", "metrics.json")
         run = json.loads(metrics.read_text("utf-8"))["run"]
         return run["test_split_sha256"] == info["test"]["sha256"]
     except (OSError, ValueError, KeyError, TypeError):
         return False
 
 
-def finish(args: argparse.Namespace, model_dir: Path, is_new: bool) -> None:
+def finish(args: argparse.Namespace, info: dict, model_dir: Path, is_new: bool) -> None:
     """Describe, merge and upload a finished adapter as asked, and print the next commands."""
     training_run = json.loads((args.output_dir / "training_run.json").read_text(encoding="utf-8"))
     if is_new:
@@ -1508,11 +1514,11 @@ def finish(args: argparse.Namespace, model_dir: Path, is_new: bool) -> None:
     elif is_new and is_merged_model(args.merged_dir):
         shutil.rmtree(args.merged_dir)
         print(f"Removed     {args.merged_dir}/, which was merged from an earlier adapter")
-    write_model_card(args, training_run)
+    write_model_card(args, info, training_run)
     if args.push_to_hub:
         push_adapter(args)
     label = "Next        "
-    if not has_baseline(args):
+    if not has_baseline(args, info):
         print(f"{label}{evaluation_command(args, '--baseline')}")
         label = " " * len(label)
     print(f"{label}{evaluation_command(args)}")
@@ -1602,7 +1608,7 @@ def print_start(
 def run(args: argparse.Namespace) -> None:
     """Train the adapter, or continue, or only finish it."""
     is_main = int(os.environ.get("RANK", 0)) == 0  # torchrun starts several processes
-    conversations, wording = read_split(args.train_file)
+    conversations, info = read_split(args.train_file)
     device, dtype = choose_device(args.dtype)
     if args.load_in_4bit and device != "cuda":
         fail(f"--load-in-4bit needs a CUDA GPU, and this machine has none (device: {device}).")
@@ -1617,12 +1623,12 @@ def run(args: argparse.Namespace) -> None:
                 args.push_to_hub = create_repository(args.push_to_hub)
         if args.resume and not is_begun and (args.output_dir / "training_run.json").is_file():
             if is_main:
-                finish(args, model_dir, is_new=False)
+                finish(args, info, model_dir, is_new=False)
             return
 
         model, tokenizer = load_model(model_dir, dtype, args.load_in_4bit)
-        template = make_template(wording, tokenizer, args.loss_on)
-        serving_template = make_template(wording, tokenizer, "serving")
+        template = make_template(info["prompt"], tokenizer, args.loss_on)
+        serving_template = make_template(info["prompt"], tokenizer, "serving")
         training, validation, num_dropped = build_datasets(conversations, tokenizer, template, args)
         trainer = build_trainer(
             model, tokenizer, training, validation, args, args.checkpoint_dir, device
@@ -1642,7 +1648,7 @@ def run(args: argparse.Namespace) -> None:
         if is_main:
             write_results(trainer, model_dir, serving_template, args, settings)
             remove_checkpoints(args.checkpoint_dir)
-            finish(args, model_dir, is_new=True)
+            finish(args, info, model_dir, is_new=True)
 
 
 def main(argv: list[str] | None = None) -> None:

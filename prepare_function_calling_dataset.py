@@ -84,7 +84,7 @@ def build_parser() -> argparse.ArgumentParser:
     data.add_argument(
         "--split",
         default="train",
-        help="Split of a dataset on the Hub (default: %(default)s).",
+        help="Split of a folder or of a dataset on the Hub (default: %(default)s).",
     )
     data.add_argument(
         "--revision",
@@ -135,8 +135,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.test_dataset and (args.test_size is not None or args.seed is not None):
         parser.error("--test-size and --seed have no effect with --test-dataset")
-    if is_data_file(args.dataset) and (args.config or args.revision or args.split != "train"):
-        parser.error("--config, --split and --revision have no effect on a file")
+    if is_data_file(args.dataset) and (args.config or args.split != "train"):
+        parser.error("--config and --split have no effect on a file")
+    if is_local(args.dataset) and args.revision:
+        parser.error("--revision has no effect on a local dataset")
     args.test_size = DEFAULT_TEST_SIZE if args.test_size is None else args.test_size
     args.seed = DEFAULT_SEED if args.seed is None else args.seed
     if args.config is None and args.dataset == DEFAULT_DATASET:
@@ -451,7 +453,7 @@ def shows_tools(prompt: str, names: list[str | None]) -> bool:
     return any(name and name in block for name in names for block in blocks)
 
 
-def read_sources(sources: list) -> tuple[list[dict], int]:
+def read_declarations(sources: list) -> tuple[list[dict], int]:
     """Return (the tools of all sources, each once; how many sources cannot be read)."""
     tools = []
     num_unreadable = 0
@@ -471,10 +473,10 @@ def collect_tools(sources: list, prompt: str, notices: Counter) -> tuple[list[di
 
     The tools are those that `sources` declare, or else those that the prompt shows.
     """
-    tools, num_unreadable = read_sources(sources)
+    tools, num_unreadable = read_declarations(sources)
     if not tools:
         shown = [block for block in find_tool_blocks(prompt) if block.startswith(("[", "{"))]
-        tools, num_unreadable_shown = read_sources(shown)
+        tools, num_unreadable_shown = read_declarations(shown)
         num_unreadable += num_unreadable_shown
     num_nameless = sum(None in get_names(tool) for tool in tools)
     if num_unreadable or num_nameless:
@@ -521,11 +523,12 @@ def read_arguments(arguments: Any, keep_nulls: bool, notices: Counter) -> str:
         raise ValueError("a call whose arguments are not an object")
     if not isinstance(arguments, str):
         return to_json(value) if keep_nulls else write_value(value, notices)
+    text = to_json(value)  # refuses NaN and infinity
     try:
         is_json = isinstance(json.loads(arguments), dict)
     except ValueError:  # a Python literal
         is_json = False
-    return write_plain_letters(arguments.strip()) if is_json else to_json(value)
+    return write_plain_letters(arguments.strip()) if is_json else text
 
 
 def write_value(value: Any, notices: Counter) -> str:
@@ -583,7 +586,7 @@ def take_arguments(function: dict, call: dict) -> Any:
     others = [key for key in others if has_content({**call, **function}[key])]
     if "parameters" in (*function, *call) or (others and not given):
         keys = ", ".join(map(to_json, others or ["parameters"]))
-        raise ValueError(f"a call without arguments, but with the unknown key {keys}")
+        raise ValueError(f"a call whose arguments may be in the unknown key {keys}")
     return with_content[0] if with_content else None
 
 
@@ -925,7 +928,7 @@ class Conversation(NamedTuple):
     id: Any
     messages: list[dict]  # as normalize_message returns them
     tools: list[dict]
-    is_readable: bool  # whether all tools can be read
+    has_readable_tools: bool  # whether all tools can be read
 
 
 def normalize_row(row: Any, notices: Counter) -> Conversation:
@@ -1058,7 +1061,7 @@ def make_record(
         request = "\n\n".join(parts) + before_request + turns[0]["content"]
         turns = [{**turns[0], "content": request}, *turns[1:]]
     record = {"id": conversation.id, "messages": turns, "tools": tools}
-    if not conversation.is_readable:
+    if not conversation.has_readable_tools:
         record["tools"] = None
     inspect_record(record, notices)
     return record
@@ -1129,7 +1132,8 @@ def find_foreign_call(text: str, names: set[str]) -> str | None:
 
 
 def find_call_blocks(text: str) -> list[str]:
-    return re.findall(r"<tool_call>(.*?)(?:</tool_call>|\Z)", text, re.DOTALL)
+    """Return the texts of all <tool_call> blocks; that of a block without a closing tag is ""."""
+    return re.findall("<tool_call>(?:(.*?)</tool_call>)?", text, re.DOTALL)
 
 
 def read_call_block(block: str) -> str:
@@ -1189,6 +1193,7 @@ class Report:
     def add(
         self, kind: str, reason: str, row_number: int, count: int = 1, unread: list | None = None
     ) -> None:
+        reason = reason.encode(errors="replace").decode()  # without halves of surrogate pairs
         start = {"count": 0, "rows": 0, "first_row": row_number}
         if unread:
             start["unread_in_first_row"] = unread
@@ -1257,8 +1262,9 @@ def check_repeated(
     return checked
 
 
-def make_ids_unique(converted: list[Converted | None], ids: set[str]) -> None:
+def make_ids_unique(converted: list[Converted | None]) -> None:
     """Give every record an id that no other one has: predictions are traced back by their id."""
+    ids = set()
     for number, item in enumerate(converted, start=1):
         if item is None:
             continue
@@ -1281,18 +1287,18 @@ def draw_split(
         drawn = rows.train_test_split(test_size=test_size, seed=seed)
     except ValueError:
         fail(
-            f"too few rows ({len(rows)}) to draw a test split with --test-size {test_size}. Use at "
-            "least 3 rows, or another --test-size."
+            f"too few rows ({len(rows)}) to draw a test split with --test-size {test_size}. Use "
+            "more rows or another --test-size."
         )
     return {name: [converted[row] for row in drawn[name]["row"]] for name in SPLIT_FILES}
 
 
-def check_any_kept(report: Report) -> None:
+def check_any_kept(converted: list[Converted | None], report: Report) -> None:
     """End the program if no row of a dataset could be converted."""
     num_rows = len(report.source.rows)
     if num_rows == 0:
         fail(f"{report.source.name} contains no rows.")
-    if report.num_kept == 0:
+    if not any(converted):
         reasons = []
         for reason, entry in report.found["dropped"].items():
             unread = ", ".join(entry.get("unread_in_first_row", []))
@@ -1404,16 +1410,15 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     before_request = "\n\n" if args.no_think_instruction else THINK_INSTRUCTION
     seen: set[str] = set()
-    ids: set[str] = set()
     reports = []
     datasets_read = []
     for source in load_sources(args):
         report = Report(source)
         converted = convert_rows(source.rows, before_request, report)
+        check_any_kept(converted, report)
         converted = check_repeated(converted, seen, args.drop_duplicates, report)
-        make_ids_unique(converted, ids)
+        make_ids_unique(converted)
         report.num_kept = sum(item is not None for item in converted)
-        check_any_kept(report)
         report.print()
         reports.append(report)
         datasets_read.append(converted)
@@ -1425,9 +1430,8 @@ def main(argv: list[str] | None = None) -> None:
     for name, items in splits.items():
         if not items:
             fail(
-                f"{reports[0].num_kept} of {len(reports[0].source.rows)} rows can be used, and "
-                f"none of them was drawn for the {name} split. Use more rows or another "
-                "--test-size."
+                f"no conversation is left for the {name} split (see the rows above). Use more rows "
+                "or another --test-size."
             )
     info = {
         "source": {

@@ -85,6 +85,8 @@ class ChatServer(Server):
         super().__init__()
 
     def reply(self, request: BaseHTTPRequestHandler, body: bytes) -> Reply | None:
+        if request.command == "GET":  # a check of the connection
+            return Reply(405, {})
         asked = json.loads(body)
         with self.lock:
             times = sum(asked["messages"] == earlier["messages"] for earlier in self.requests)

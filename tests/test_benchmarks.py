@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from conftest import ROOT, run_script
 from servers import ChatServer, completion
 from transformers import AutoTokenizer
@@ -110,6 +111,14 @@ def test_the_gpu_report_runs_on_a_cpu():
     assert start.startswith("checkpoint-") and is_identical == "yes" and float(difference) == 0
     assert sections["Four bits"].startswith("Not run: --load-in-4bit needs a CUDA GPU")
     assert sections["Two processes"].startswith("Not run: it needs two GPUs")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there")
+def test_the_gpu_report_without_a_gpu_prints_one_line():
+    process = subprocess.run([sys.executable, REPORT], capture_output=True, text=True)
+    assert process.returncode == 1 and process.stdout == ""
+    assert process.stderr.startswith("error: PyTorch finds no CUDA GPU. Use --model-shapes tiny")
 
 
 @pytest.mark.slow

@@ -68,6 +68,11 @@ def test_calls_are_read_as_json_or_python_literals(text, calls):
 
 FAULTY_TAGS = ["<tool_call>", call("f") + "</tool_call>", tagged(call("f"))]
 FAULTY_CALLS = ["", "f(a=1)", "[1]", '{"arguments": {}}', '{"name": 3}']
+# The arguments may be under another key.
+FAULTY_CALLS += [
+    '{"name": "f", "parameters": {"city": "Oslo"}}',
+    '{"name": "f", "arguments": {}, "args": {"city": "Oslo"}}',
+]
 FAULTY_CALLS += [f'{{"name": "f", "arguments": {given}}}' for given in ("[1]", '"Paris"', "{1, 2}")]
 
 
@@ -545,6 +550,10 @@ def test_queries_that_are_also_in_the_train_split_are_marked_and_scored_separate
     small = printed.partition("Without them:")[2].partition("Failures")[0]
     rows = [line.split() for line in small.splitlines() if line.strip()]
     assert rows[1] == ["exact", "calls", "1", "0.000", "[0.000,", "0.000]"] and len(rows) == 4
+    write_rows(train, [make_record(0), make_record(1)])
+    score_rows(tmp_path, ANSWERS, "--rescore")
+    printed = capsys.readouterr().out
+    assert "4 of these queries are also in the train split.\n\nFailures" in printed
     record["messages"][0]["content"] += " "  # a different prompt makes it a different query
     write_rows(train, [record])
     score_rows(tmp_path, ANSWERS, "--rescore")
@@ -572,6 +581,26 @@ def test_conversation_ids_and_turns_are_compared_as_text(tmp_path):
     write_rows(tmp_path / "p.jsonl", rows)
     matched = evaluation.match_answers(tmp_path / "p.jsonl", evaluation.read_queries(path))
     assert matched == {("0", "1"): ("", "end_of_turn")}
+
+
+def test_an_output_next_to_an_empty_content_is_read(tmp_path):
+    """Client libraries write every field of a message, those without a value as null."""
+    rows = [{**answer, "content": None, "tool_calls": None} for answer in ANSWERS]
+    results = score_rows(tmp_path, rows)
+    assert read_metrics(results / "predictions-p")["scores"]["turn_right"]["value"] == 1 / 2
+    assert evaluation.read_answer({"content": ["It ", {"text": "is 7."}]})[0] == "It is 7."
+
+
+def test_a_second_prediction_for_a_query_is_refused(tmp_path):
+    repeated = f"p.jsonl, line {len(ANSWERS) + 1} repeats an earlier prediction"
+    with pytest.raises(SystemExit, match=repeated):
+        score_rows(tmp_path, [*ANSWERS, ANSWERS[0]])
+
+
+def test_failed_predictions_of_a_file_are_not_to_be_sent_again(tmp_path):
+    rows = [{**ANSWERS[0], "finish_reason": "failed"}, *ANSWERS[1:]]
+    with pytest.raises(SystemExit, match="1 queries failed .no answer. and count as wrong. The"):
+        score_rows(tmp_path, rows)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import json
 import time
 from collections import Counter
+from pathlib import Path
 
 import datasets
 import pytest
@@ -221,14 +222,14 @@ def test_a_call_has_no_arguments_only_if_no_key_could_contain_them():
 BAD_CALLS = [
     ({"function": {"arguments": PORT}}, "without a name"),
     ({"type": "custom", "custom": {"name": "depth", "input": "Ulm"}}, 'type "custom"'),
-    ({"name": "depth", "port": "Ulm"}, 'without arguments, but with the unknown key "port"'),
+    ({"name": "depth", "port": "Ulm"}, 'may be in the unknown key "port"'),
     (
         {"function": {"name": "depth", "kwargs": PORT}},
-        'without arguments, but with the unknown key "kwargs"',
+        'may be in the unknown key "kwargs"',
     ),
     (
         {"name": "depth", "parameters": PORT},
-        'without arguments, but with the unknown key "parameters"',
+        'may be in the unknown key "parameters"',
     ),
     ({"name": "depth", "arguments": ["Ulm"]}, "arguments are not an object"),
     ({"name": "depth", "arguments": "Ulm"}, "neither JSON nor a Python literal"),
@@ -752,7 +753,7 @@ def test_the_user_can_pass_a_test_set(tmp_path, capsys, monkeypatch):
     test = write_rows(tmp_path / "held_out.jsonl", numbered(3, 4))
     records, info = run(train, tmp_path / "out", "--test-dataset", test)
     assert [record["id"] for record in records["train"]] == ["1", "2", "3"]
-    assert [record["id"] for record in records["test"]] == ["3-row-1", "4"]
+    assert [record["id"] for record in records["test"]] == ["3", "4"]
     assert info["test"]["also_in_train"] == 1
     assert info["test_source"]["dataset"] == str(test) and info["test_source"]["rows_kept"] == 2
     printed = capsys.readouterr().out
@@ -767,7 +768,7 @@ def test_the_user_can_pass_a_test_set(tmp_path, capsys, monkeypatch):
     for options in (["--test-dataset", "validation"], ["--test-dataset", folder]):
         records, _ = run(folder, tmp_path / "out", *options)
         assert len(records["train"]) == 3
-    assert [record["id"] for record in records["test"]] == ["1-row-1", "2-row-2", "3-row-3"]
+    assert [record["id"] for record in records["test"]] == ["1", "2", "3"]
 
 
 BAD_TESTS = [
@@ -792,6 +793,9 @@ def test_options_without_effect_are_refused(capsys):
     with pytest.raises(SystemExit):
         prepare.parse_args(["--dataset", "x.jsonl", "--split", "test"])
     assert "no effect on a file" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        prepare.parse_args(["--dataset", str(Path(__file__).parent), "--revision", "v1"])
+    assert "--revision has no effect on a local dataset" in capsys.readouterr().err
 
 
 # ---- Small files from common tools

@@ -108,6 +108,8 @@ DROPPED = [
         turns(HI, ("function_call", '{"name": "f", "parameters": {}}')),
         'the unknown key "parameters"',
     ),
+    (turns(HI, ("function_call", '{"name": "f", "arguments": {"a": NaN}}')), "NaN or infinity"),
+    (turns(HI, ("function_call", '{"name": "f", "arguments": "{\\"a\\": NaN}"}')), "NaN or inf"),
 ]
 
 
@@ -258,7 +260,7 @@ UNREADABLE = [
         json.dumps({"messages": [{"role": "user", "contents": "Hi"}]}),
         'an empty turn with role user .not read: key "contents" of a message with role user',
     ),
-    ("rows.jsonl", json.dumps(turns(HI, HELLO)), "too few rows .1.*at least 3 rows"),
+    ("rows.jsonl", json.dumps(turns(HI, HELLO)), "too few rows .1.*more rows"),
     ("absent.jsonl", None, "no such file"),
     ("", None, "any data file"),  # a folder without data files
 ]
@@ -276,6 +278,26 @@ def test_unreadable_input_prints_one_line_and_changes_no_files(tmp_path, name, c
     with pytest.raises(SystemExit, match=f"^error: [^\n]*{words}[^\n]*$"):
         prepare.main(["--dataset", str(source), "--output-dir", str(out)])
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
+def test_a_call_without_a_closing_tag_is_noticed(tmp_path):
+    """The evaluation could not parse such a reference."""
+    row = turns(HI, ("gpt", '<tool_call>\n{"name": "get_weather", "arguments": {}}'), tools=[TOOL])
+    _, info = run(write_rows(tmp_path / "rows.jsonl", [row] * 5), tmp_path / "out")
+    assert info["noticed"]["calls that cannot be read"]["rows"] == 5
+
+
+def test_a_key_that_is_not_valid_unicode_is_reported(tmp_path, capsys):
+    rows = [turns(HI, HELLO) | {"\ud800": 1}] * 5
+    run(write_rows(tmp_path / "rows.jsonl", rows), tmp_path / "out")
+    assert 'unread    5: key "?" of a row' in capsys.readouterr().out
+
+
+def test_an_empty_test_split_prints_one_line_after_the_dropped_rows(tmp_path, capsys):
+    rows = write_rows(tmp_path / "rows.jsonl", [turns(HI, HELLO)])
+    with pytest.raises(SystemExit, match="^error: no conversation is left for the test split"):
+        run(rows, tmp_path / "out", "--test-dataset", str(rows), "--drop-duplicates")
+    assert "dropped   1: repeated conversations" in capsys.readouterr().out
 
 
 def test_unwritable_output_prints_one_line_and_leaves_no_split(tmp_path):

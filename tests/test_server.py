@@ -206,7 +206,7 @@ def test_a_failed_query_is_counted_named_and_retried_on_resume(ask):
     assert metrics["queries"] == 12 and metrics["failures"] == {"failed": 2}
     assert metrics["scores"]["turn_right"]["value"] == metrics["scores"]["recall"]["value"] == 5 / 6
     assert metrics["scores"]["helpful_exchange"]["value"] == 5 / 6
-    ask(server.url, error="Use --resume to continue")
+    ask(server.url, error="Use --resume to finish the run")
     broken = False
     server.requests.clear()
     _, metrics = ask(server.url, "--resume")

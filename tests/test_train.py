@@ -51,9 +51,9 @@ def build(tiny_model, splits, tmp_path):
 
     def build(*flags, conversations=None):
         args = train.parse_args(["--model", str(tiny_model), *flags])
-        rows, wording = train.read_split(splits / "function_calling_train.jsonl")
+        rows, info = train.read_split(splits / "function_calling_train.jsonl")
         model, tokenizer = train.load_model(tiny_model, torch.float32)
-        template = train.make_template(wording, tokenizer, args.loss_on)
+        template = train.make_template(info["prompt"], tokenizer, args.loss_on)
         training, validation, num_dropped = train.build_datasets(
             conversations or rows, tokenizer, template, args
         )
@@ -543,7 +543,7 @@ def test_a_second_run_in_the_same_folder_is_refused_while_the_first_is_running(
             assert any("all steps are done" in line for line in process.stdout)
             for flag in ("--resume", "--overwrite"):
                 second = run_here(SCRIPT, *command, flag, cwd=tmp_path)
-                assert_fails_in_one_line(second, "another process is training into run")
+                assert_fails_in_one_line(second, "another process is already training in run")
         finally:
             process.kill()  # SIGKILL: the process cannot clean up
     resumed = run_here(SCRIPT, *command, "--resume", cwd=tmp_path)
@@ -678,24 +678,26 @@ def test_the_model_card_contains_the_license_of_the_published_data_and_the_score
     sha256 = hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest()
     score = {"value": 0.5, "n": 8, "interval": [0.25, 0.75]}
     unknown = {"value": None, "n": 0, "interval": None}
-    for label, weights in (("other", "0" * 64), ("fine-tuned", sha256)):
+    runs = [("other", "0" * 64, 9), ("first-2", sha256, 2), ("fine-tuned", sha256, 8)]
+    for label, weights, num_queries in runs:
         results = tmp_path / "evaluation_results" / tiny_model.name / label
         results.mkdir(parents=True)
         scores = {"turn_right": score | {"n": len(label)}, "valid_call": unknown}
         labels = {"turn_right": "exact calls", "valid_call": "valid calls"}
         metrics = {"run": {"adapter_sha256": weights}, "scores": scores, "labels": labels}
+        metrics["queries"] = num_queries
         (results / "metrics.json").write_text(json.dumps(metrics))
     command = ["--model", str(tiny_model), "--output-dir", "run", "--push-to-hub", "me/adapter"]
     command += ["--train-file", str(data / "function_calling_train.jsonl")]
     args = train.parse_args(command)
     run = json.loads((folder / "training_run.json").read_text())
-    train.write_model_card(args, run | {"commit": "0" * 40})
+    train.write_model_card(args, info, run | {"commit": "0" * 40})
     card = (folder / "README.md").read_text()
     metadata = ModelCard(card).data
     assert metadata.base_model == str(tiny_model) and metadata.license == "gemma"
     assert metadata.datasets == ["NousResearch/hermes-function-calling-v1"]
     assert "The training data is licensed under Apache-2.0." in card
-    # The other run has n = 5.
+    # The run of the same weights on the most queries. The others have n = 5 and n = 7.
     assert "| exact calls | 0.500 | 0.250, 0.750 | 10 |" in card
     assert "valid call" not in card and 'adapter = "me/adapter"' in card
 

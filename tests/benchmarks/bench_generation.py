@@ -142,9 +142,9 @@ def measure(args: argparse.Namespace) -> dict[str, float]:
     model_dir = args.work_dir / "model"
     split = args.work_dir / "split.jsonl"
     queries = evaluation.read_queries(split)
-    _, wording = train.read_split(split)
+    _, info = train.read_split(split)
     tokenizer = transformers.AutoTokenizer.from_pretrained(model_dir)
-    tokenizer.chat_template = train.make_template(wording, tokenizer, "serving")
+    tokenizer.chat_template = train.make_template(info["prompt"], tokenizer, "serving")
     end_of_turn_id = tokenizer.convert_tokens_to_ids("<end_of_turn>")
     device, dtype = evaluation.choose_device()
     if args.variant == "published":

@@ -57,9 +57,9 @@ def prepare_data(work_dir: Path, flags: list[str]) -> PreparedData:
     import transformers
 
     args = train.parse_args(flags)
-    conversations, wording = train.read_split(work_dir / "split.jsonl")
+    conversations, info = train.read_split(work_dir / "split.jsonl")
     tokenizer = transformers.AutoTokenizer.from_pretrained(work_dir / "model")
-    template = train.make_template(wording, tokenizer, args.loss_on)
+    template = train.make_template(info["prompt"], tokenizer, args.loss_on)
     training, validation, _ = train.build_datasets(conversations, tokenizer, template, args)
     return PreparedData(args, tokenizer, training, validation)
 

@@ -122,9 +122,9 @@ def build_gradient_trainer(args: argparse.Namespace) -> SFTTrainer:
     settings = train.parse_args(
         ["--lora-dropout", "0", "--no-activation-checkpointing", "--batch-size", "4"]
     )
-    conversations, wording = train.read_split(folder / "split.jsonl")
+    conversations, info = train.read_split(folder / "split.jsonl")
     model, tokenizer = train.load_model(folder / "model", getattr(torch, args.dtype))
-    template = train.make_template(wording, tokenizer, settings.loss_on)
+    template = train.make_template(info["prompt"], tokenizer, settings.loss_on)
     training, validation, _ = train.build_datasets(conversations, tokenizer, template, settings)
     trainer = train.build_trainer(
         model, tokenizer, training, validation, settings, folder / "checkpoints", args.device

@@ -205,7 +205,7 @@ def write_synthetic_inputs(shape: str, num_conversations: int, work_dir: Path) -
     """Write model/, split.jsonl and dataset_info.json to a folder."""
     write_model(shape, work_dir / "model")
     wording = {"before_tools": "", "after_tools": "", "before_request": ""}
-    dataset_info = json.dumps({"prompt": wording})
+    dataset_info = json.dumps({"prompt": wording, "test": {"file": "not written"}})
     write_split(draw_conversations(num_conversations), dataset_info, work_dir)
 
 
