@@ -1767,21 +1767,21 @@ def draw_report(
     """Draw the chart of a report into the folder of its run; return its path."""
     label = results_dir.name
     model = metrics["run"]["model"]
-    name = "scores.png"
-    title = f"{model}: {label}, {metrics['queries']:,} queries"
-    comparison_name = "comparison.png"
+    comparison_chart = results_dir / "comparison.png"
     if comparison and not is_default:
         other = comparison.folder
-        comparison_name = f"comparison-with-{other.parent.name}-{other.name}.png"
+        comparison_chart = results_dir / f"comparison-with-{other.parent.name}-{other.name}.png"
     if "difference" in columns:
-        columns = {run: columns[run] for run in (comparison.label, label)}
-        name = comparison_name
+        chart = comparison_chart
         title = f"{model}: {comparison.label} and {label}, {len(comparison.ours):,} queries"
+        columns = {run: columns[run] for run in (comparison.label, label)}
     else:
+        comparison_chart.unlink(missing_ok=True)  # it is outdated
+        chart = results_dir / "scores.png"
+        title = f"{model}: {label}, {metrics['queries']:,} queries"
         columns = {label: metrics["scores"]}
-        (results_dir / comparison_name).unlink(missing_ok=True)  # an outdated chart
-    plot_scores(columns, title, results_dir / name)
-    return results_dir / name
+    plot_scores(columns, title, chart)
+    return chart
 
 
 def make_metrics(
