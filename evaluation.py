@@ -405,6 +405,8 @@ def find_adapter(args: argparse.Namespace) -> tuple[Path, str | None]:
         folder, _ = find_folder(args.adapter)
     else:
         folder = default_adapter(args.model)
+        if Path(args.model, "training_run.json").is_file():
+            fail(f"--model {args.model} is a merged model. Add --baseline to evaluate it.")
         if not folder.is_dir():
             fail(
                 f"{folder} not found. If --model {args.model} is correct, run "
@@ -433,7 +435,8 @@ def find_adapter(args: argparse.Namespace) -> tuple[Path, str | None]:
     if train_hash and train_file.is_file() and hash_file(train_file) != train_hash:
         print(
             f"warning: {folder} was trained on a different train split from {train_file}, so test "
-            "conversations may be among its training data. Train again with --overwrite.",
+            "conversations may be among its training data. Evaluate it on the test split that was "
+            "prepared with its train split.",
             file=sys.stderr,
         )
     return folder, commit
@@ -1520,6 +1523,7 @@ METRICS = {  # keys in metrics.json, and rows of the printed table
     "f1": "call F1",
 }
 NUM_SAMPLES = 2000  # number of bootstrap samples
+ENOUGH_CALLS = 50  # for intervals that are narrow enough to compare two runs
 
 
 def resample(turns: list[dict]) -> tuple[numpy.ndarray, numpy.ndarray]:
@@ -1856,6 +1860,12 @@ def report_results(
             table = format_scores(without_repeated, metrics=MAIN_METRICS)
             print(f" Without them:\n\n{table}", end="")
         print("\n")
+    num_calls = metrics["scores"].get("turn_right", {}).get("n", 0)
+    if 0 < num_calls < ENOUGH_CALLS:
+        print(
+            f"warning: {num_calls} turns with calls are few, so differences may be due to chance "
+            f"even if their intervals do not contain 0. Use at least {ENOUGH_CALLS}.\n"
+        )
     print_counts(metrics)
     print_failures(turns, queries, args)
     return turns
@@ -1983,6 +1993,9 @@ def should_generate(args: argparse.Namespace, results_dir: Path) -> bool:
 
 def run(args: argparse.Namespace, argv: list[str]) -> None:
     results_dir = args.output_dir / name_of(args.model) / results_name(args)
+    info = read_dataset_info(args.test_file)
+    if (info.get("train") or {}).get("file") == args.test_file.name:
+        fail(f"{args.test_file} is the train split. Pass the test split as --test-file.")
     queries = read_queries(args.test_file, args.limit)
     # Fail now, not after hours of generation.
     compare_dir = find_comparison(args, results_dir)
@@ -2002,6 +2015,8 @@ def run(args: argparse.Namespace, argv: list[str]) -> None:
             f"first is conversation {failed[0]['conversation_id']}, turn {failed[0]['turn']}: "
             f"{failed[0].get('error')}"
         )
+    if num_missing and args.predictions:
+        print(f"warning: {num_missing:,} queries have no prediction and are not in these scores.")
     if num_missing and not args.predictions:
         print(f"Unfinished  {num_missing:,} queries have no output yet. Use --resume to continue.")
     elif not args.show_failures:
@@ -2015,7 +2030,9 @@ def main(argv: list[str] | None = None) -> None:
     try:
         run(args, sys.argv[1:] if argv is None else argv)
     except KeyboardInterrupt:
-        sys.exit("interrupted: to continue, run the same command with --resume")
+        sys.exit(
+            "interrupted: to continue, run the same command with --resume (instead of --overwrite)"
+        )
     except OSError as error:
         place = f"{error.filename}: " if error.filename else ""
         fail(f"{place}{describe_error(error)}")

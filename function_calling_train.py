@@ -569,7 +569,7 @@ def read_split(path: Path) -> tuple[list[list[dict]], dict]:
     )
     info_path = path.with_name("dataset_info.json")
     if not path.is_file():
-        fail(f"{path} does not exist. {advice}")
+        fail(f"{path} is not a file. {advice}")
     if not info_path.is_file():
         fail(f"{path} is not a split of step 1: no dataset_info.json is next to it. {advice}")
     try:
@@ -733,7 +733,13 @@ def build_datasets(
             f"{len(short)} of {len(dataset)} conversations fit --max-length {args.max_length}, and "
             "at least 2 are needed. Raise --max-length, or prepare more data."
         )
-    split = short.train_test_split(test_size=args.validation_size, seed=args.seed)
+    try:
+        split = short.train_test_split(test_size=args.validation_size, seed=args.seed)
+    except ValueError:
+        fail(
+            f"--validation-size {args.validation_size} of {len(short)} conversations leaves none "
+            "for training or for validation. Use another value, or prepare more data."
+        )
     num_training = len(split["train"])
     num_extra = num_training % args.conversations_per_step
     if num_extra < num_training:  # else the set is smaller than one step, and all of it is kept
@@ -1080,10 +1086,13 @@ def check_earlier_run(args: argparse.Namespace, run: dict) -> None:
             before = json.loads(earlier.read_text(encoding="utf-8"))
         except ValueError:
             fail(f"cannot resume: {earlier} is damaged. Use --overwrite to start over.")
+        names = list(run)
+        if earlier == finished and (args.merge or args.push_to_hub):
+            names = ["model_name", "commit"]  # nothing is trained, so nothing else matters
         changes = [
-            describe_change(name, before.get(name), value)
-            for name, value in run.items()
-            if before.get(name) != value
+            describe_change(name, before.get(name), run[name])
+            for name in names
+            if before.get(name) != run[name]
         ]
         if changes:
             fail(
@@ -1396,6 +1405,8 @@ def write_model_card(args: argparse.Namespace, info: dict, training_run: dict) -
     """Write the model card, unless the folder already has the same text."""
     from huggingface_hub import ModelCardData
 
+    if info.get("train", {}).get("sha256") != training_run["train_split_sha256"]:
+        info = {}  # other data has been prepared since
     dataset = None
     if info.get("is_published_split"):
         dataset = PUBLISHED_DATA
@@ -1548,7 +1559,9 @@ def exit_on_error() -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        sys.exit("interrupted: to continue, run the same command with --resume")
+        sys.exit(
+            "interrupted: to continue, run the same command with --resume (instead of --overwrite)"
+        )
     except subprocess.CalledProcessError as error:
         if "-shared" not in error.cmd:  # else Triton called the C compiler
             raise
@@ -1592,7 +1605,9 @@ def print_start(
     num_dropped: int,
     args: argparse.Namespace,
 ) -> None:
-    start = f"continuing from {checkpoint}" if checkpoint else "new run"
+    start = "new run, because there is nothing to resume" if args.resume else "new run"
+    if checkpoint:
+        start = f"continuing from {checkpoint}"
     print(f"Model       {args.model}, {dtype} on {trainer.args.device.type}, {start}")
     print(
         f"Data        {len(trainer.train_dataset):,} conversations for training, "

@@ -222,7 +222,20 @@ def load_rows(
     builder.download_and_prepare()
     if split is None:
         split = "test" if "test" in builder.info.splits else next(iter(builder.info.splits))
+    if Path(name).is_dir():
+        print_files(Path(name), builder.config.data_files.get(split.split("[")[0], []))
     return list(builder.as_dataset(split=split)), builder.hash
+
+
+def print_files(folder: Path, data_files: list[str]) -> None:
+    """Say which files of a folder are read: datasets assigns them to splits by their names."""
+    read = sorted(Path(path).resolve() for path in data_files)
+    files = sorted(path.resolve() for path in folder.rglob("*") if path.suffix in FILE_SUFFIXES)
+    titles = {"Read": read, "Not read": [path for path in files if path not in read]}
+    for title, paths in titles.items():
+        if paths:
+            names = ", ".join(str(path.relative_to(folder.resolve())) for path in paths)
+            print(f"{title:<11} {names} of {folder}")
 
 
 def load_test_rows(args: argparse.Namespace) -> tuple[list, str]:
@@ -388,6 +401,8 @@ def report_unread(mapping: dict, place: str, notices: Counter) -> None:
 
 # ---- Tools
 
+UNREADABLE_TOOLS = "tools that cannot be read"
+
 # Where datasets keep a row's tools.
 TOOL_KEYS = [
     "tools",
@@ -480,7 +495,7 @@ def collect_tools(sources: list, prompt: str, notices: Counter) -> tuple[list[di
         num_unreadable += num_unreadable_shown
     num_nameless = sum(None in get_names(tool) for tool in tools)
     if num_unreadable or num_nameless:
-        notices["noticed", "tools that cannot be read"] += num_unreadable + num_nameless
+        notices["noticed", UNREADABLE_TOOLS] += num_unreadable + num_nameless
     return tools, bool(tools or not num_unreadable) and not num_nameless
 
 
@@ -1306,10 +1321,9 @@ def check_any_kept(converted: list[Converted | None], report: Report) -> None:
         if len(reasons) > MAX_REASONS:
             reasons[MAX_REASONS:] = [f"{len(reasons) - MAX_REASONS} other reasons"]
         reasons = "; ".join(reasons)
-        fail(
-            f"none of the {num_rows} rows of {report.source.name} can be used: {reasons}. "
-            f"Supported layouts: {LAYOUT_NAMES}."
-        )
+        is_about_layout = "layout" in reasons or "not supported" in reasons
+        advice = f" Supported layouts: {LAYOUT_NAMES}." if is_about_layout else ""
+        fail(f"none of the {num_rows} rows of {report.source.name} can be used: {reasons}.{advice}")
 
 
 def describe_split(records: list[dict]) -> dict[str, int]:
@@ -1377,10 +1391,15 @@ def print_summary(info: dict, reports: list[Report], output_dir: Path) -> None:
             f"calls will be imprecise. Use at least {ENOUGH_TEST_CALLS}."
         )
     declares_tools = any(info[name]["declare_tools"] for name in SPLIT_FILES)
-    if declares_tools and not has_calls:
+    if not has_calls:
+        found = "tools are declared but no turn calls one"
+        if not declares_tools:
+            found = "no turn calls a tool"
+        print(f"warning: {found}. The model would learn never to call a tool.")
+    if UNREADABLE_TOOLS in noticed:
         print(
-            "warning: tools are declared but no turn calls one. The model would learn never to "
-            "call a tool."
+            "warning: prompts do not show tools that cannot be read. A tool is an object such as "
+            '{"name": "get_weather", "parameters": {"type": "object", "properties": {}}}.'
         )
     if has_calls and not declares_tools:
         print(

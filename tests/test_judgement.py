@@ -591,6 +591,13 @@ def test_an_output_next_to_an_empty_content_is_read(tmp_path):
     assert evaluation.read_answer({"content": ["It ", {"text": "is 7."}]})[0] == "It is 7."
 
 
+def test_missing_predictions_of_a_file_cause_a_warning(tmp_path, capsys):
+    score_rows(tmp_path, ANSWERS[:1])
+    printed = capsys.readouterr().out
+    assert f"warning: {len(ANSWERS) - 1} queries have no prediction" in printed
+    assert "warning: 1 turns with calls are few" in printed
+
+
 def test_a_second_prediction_for_a_query_is_refused(tmp_path):
     repeated = f"p.jsonl, line {len(ANSWERS) + 1} repeats an earlier prediction"
     with pytest.raises(SystemExit, match=repeated):

@@ -765,9 +765,12 @@ def test_the_user_can_pass_a_test_set(tmp_path, capsys, monkeypatch):
     folder.mkdir()
     train.rename(folder / "train.jsonl")
     test.rename(folder / "validation.jsonl")
+    capsys.readouterr()
     for options in (["--test-dataset", "validation"], ["--test-dataset", folder]):
         records, _ = run(folder, tmp_path / "out", *options)
         assert len(records["train"]) == 3
+    names = f"train.jsonl of {folder}\nNot read    validation.jsonl of {folder}\n"
+    assert capsys.readouterr().out.startswith(f"Read        {names}")
     assert [record["id"] for record in records["test"]] == ["1", "2", "3"]
 
 

@@ -280,6 +280,14 @@ def test_unreadable_input_prints_one_line_and_changes_no_files(tmp_path, name, c
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
 
 
+def test_tools_that_cannot_be_read_cause_a_warning(tmp_path, capsys):
+    rows = [turns(HI, HELLO, tools=["get_weather"])] * 5
+    run(write_rows(tmp_path / "rows.jsonl", rows), tmp_path / "out")
+    printed = capsys.readouterr().out
+    assert "warning: prompts do not show tools that cannot be read" in printed
+    assert "warning: no turn calls a tool" in printed or "warning: tools are declared" in printed
+
+
 def test_a_call_without_a_closing_tag_is_noticed(tmp_path):
     """The evaluation could not parse such a reference."""
     row = turns(HI, ("gpt", '<tool_call>\n{"name": "get_weather", "arguments": {}}'), tools=[TOOL])

@@ -277,6 +277,8 @@ def test_a_finished_run_is_not_replaced_without_overwrite_and_resume_only_merges
     assert_fails_in_one_line(run_here(SCRIPT, *command, cwd=tmp_path), "--resume", "--overwrite")
     refused = run_here(SCRIPT, *command, "--resume", "--epochs", "3", cwd=tmp_path)
     assert_fails_in_one_line(refused, "--epochs 2.0, not 3.0", "--overwrite")
+    # Merging needs the model, but none of the settings of the training.
+    command = [*flags, "--model", tiny_model, "--seed", "3", "--output-dir", "run"]
     process = run_here(SCRIPT, *command, "--resume", "--merge", cwd=tmp_path)
     assert process.returncode == 0 and "Trained" not in process.stdout, process.stderr
     assert process.stdout.startswith("Finished    this run is complete")
