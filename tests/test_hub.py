@@ -173,13 +173,13 @@ def test_step_3_prints_one_line_of_advice_about_a_repository_it_cannot_read(
     absent = ["nobody/nothing"] if name else ["--model", "nobody/nothing"]
     words = ["nobody/nothing is neither a local folder nor", "Check the spelling", "hf auth login"]
     assert_fails_in_one_line(evaluate(*flags, *absent), *words)
-    words = [f"{repo[1]} is not a local folder", "HF_HUB_OFFLINE is set", "HF_HUB_OFFLINE=0"]
+    words = [f"{repo[1]} is neither a local folder", "HF_HUB_OFFLINE is set", "HF_HUB_OFFLINE=0"]
     assert_fails_in_one_line(evaluate(*flags, *name, offline=True), *words)
     if not name:
         process = evaluate(*flags, "--revision", "v9")
         assert_fails_in_one_line(process, f"{repo[1]} has no revision v9")
     hub.url = "http://127.0.0.1:9"  # where no server listens
-    words = [f"{repo[1]} is not a local folder", "cannot be reached", "Check the network"]
+    words = [f"{repo[1]} is neither a local folder", "cannot be reached", "network connection"]
     assert_fails_in_one_line(evaluate(*flags, *name, cache="empty"), *words)
     assert not list(run.work.iterdir())
 
