@@ -85,8 +85,8 @@ def add_input_arguments(parser: argparse.ArgumentParser) -> None:
         "--predictions",
         type=Path,
         metavar="FILE",
-        help="Score predictions made elsewhere. Each line has a conversation_id, a turn (the "
-        "number of messages before the predicted one) and an output.",
+        help="Score the predictions in a JSON lines file. Each line has a conversation_id, a turn "
+        "(the number of messages before the predicted one) and an output.",
     )
 
     group = parser.add_argument_group("test data")
@@ -159,8 +159,8 @@ def add_result_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--name",
-        help="Name of the results folder of this run (default: baseline, fine-tuned, adapter-NAME, "
-        "server-NAME or predictions-NAME, depending on what is evaluated).",
+        help="Name of the results folder of this run (default: baseline, fine-tuned, "
+        "adapter-<adapter>, server-<model> or predictions-<file>).",
     )
     group.add_argument(
         "--compare-with",
@@ -406,7 +406,10 @@ def find_adapter(args: argparse.Namespace) -> tuple[Path, str | None]:
     else:
         folder = default_adapter(args.model)
         if Path(args.model, "training_run.json").is_file():
-            fail(f"--model {args.model} is a merged model. Add --baseline to evaluate it.")
+            fail(
+                f"--model {args.model} is a merged model. Add --baseline to evaluate it without an "
+                "adapter."
+            )
         if not folder.is_dir():
             fail(
                 f"{folder} not found. If --model {args.model} is correct, run "
@@ -434,9 +437,9 @@ def find_adapter(args: argparse.Namespace) -> tuple[Path, str | None]:
     train_hash = training_run.get("train_split_sha256")
     if train_hash and train_file.is_file() and hash_file(train_file) != train_hash:
         print(
-            f"warning: {folder} was trained on a different train split from {train_file}, so test "
-            "conversations may be among its training data. Evaluate it on the test split that was "
-            "prepared with its train split.",
+            f"warning: {folder} was not trained on {train_file}, so its training data may include "
+            "test conversations. Evaluate it on the test split that was prepared together with its "
+            "train split.",
             file=sys.stderr,
         )
     return folder, commit
@@ -1075,8 +1078,8 @@ def match_answers(path: Path, queries: list[dict]) -> dict[tuple[str, str], tupl
     if not matched:
         theirs = next(iter(answers))
         fail(
-            f"no prediction in {path} matches a query of the test split. {path} has "
-            f'conversation_id "{theirs[0]}" with turn {theirs[1]}, the test split has '
+            f"no prediction in {path} matches a query of the test split. For example, {path} has "
+            f'conversation_id "{theirs[0]}" with turn {theirs[1]}, but the test split has '
             f'conversation_id "{ours[0][0]}" with turn {ours[0][1]}.'
         )
     if len(matched) < len(answers):
@@ -1137,7 +1140,7 @@ def write_predictions(args: argparse.Namespace, results_dir: Path, queries: list
                 writer.write(query, text, finish_reason)
     if writer.unwritten:
         fail(
-            f"none of {len(writer.unwritten)} queries was answered, and nothing was stored. "
+            f"none of the {len(writer.unwritten)} queries was answered, so nothing was saved. "
             f"The first error: {writer.first_error}"
         )
 
@@ -1863,7 +1866,7 @@ def report_results(
     num_calls = metrics["scores"].get("turn_right", {}).get("n", 0)
     if 0 < num_calls < ENOUGH_CALLS:
         print(
-            f"warning: {num_calls} turns with calls are few, so differences may be due to chance "
+            f"warning: only {num_calls} turns contain calls, so differences may be due to chance "
             f"even if their intervals do not contain 0. Use at least {ENOUGH_CALLS}.\n"
         )
     print_counts(metrics)

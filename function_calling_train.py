@@ -963,8 +963,8 @@ def build_trainer(
     if not num_per_process or args.conversations_per_step % (batch_size * num_processes):
         fail(
             f"--conversations-per-step {args.conversations_per_step} is not divisible by "
-            f"{batch_size * num_processes} (--batch-size {batch_size} × processes "
-            f"{num_processes}). Change one of these numbers."
+            f"{batch_size * num_processes} (--batch-size {batch_size} × "
+            f"{num_processes} processes). Change one of these numbers."
         )
     checkpointing = bool(args.activation_checkpointing)
     if args.activation_checkpointing is None and device == "cuda":
@@ -1061,13 +1061,15 @@ def describe_change(name: str, before: object, now: object) -> str:
     if name == "train_split_sha256":
         return "another train split"
     if name == "commit":
-        return f"--revision {before}, not {now}" if before else "a local folder as --model"
+        if before and now:
+            return f"--revision {before}, not {now}"
+        return "a model from the Hub" if before else "a local folder as --model"
     flag = "--model" if name == "model_name" else f"--{name.replace('_', '-')}"
     if before is None or before is False:  # but not 0
         return f"no {flag}"
     if before is True:
         return flag
-    return f"{flag} {before}, not {now}"
+    return f"{flag} {before}" if now is None else f"{flag} {before}, not {now}"
 
 
 def check_earlier_run(args: argparse.Namespace, run: dict) -> None:
@@ -1096,8 +1098,8 @@ def check_earlier_run(args: argparse.Namespace, run: dict) -> None:
         ]
         if changes:
             fail(
-                f"cannot resume: this run was started with {' and '.join(changes)}. "
-                "Use the original flags, or --overwrite to start over."
+                f"cannot resume: the run in {args.output_dir} was started with "
+                f"{' and '.join(changes)}. Use the original flags, or --overwrite to start over."
             )
     elif not args.overwrite:
         state, advice = (

@@ -324,7 +324,7 @@ def parse_literal(value: Any) -> Any:
         except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
             continue
     raise ValueError(
-        "text in place of tools, turns or calls that is neither JSON nor a Python literal"
+        "tools, turns or calls given as text that is neither JSON nor a Python literal"
     )
 
 
@@ -926,7 +926,7 @@ def read_messages(row: dict) -> list:
             return messages
     for key, layout in UNREAD_LAYOUTS.items():
         if has_content(row.get(key)):
-            raise ValueError(f"{layout} is not supported")
+            raise ValueError(f"this layout is not supported: {layout}")
     for keys, _ in LAYOUTS.values():
         if all(key in row for key in keys):
             raise ValueError(f'an empty "{keys[0]}"')
@@ -1398,8 +1398,8 @@ def print_summary(info: dict, reports: list[Report], output_dir: Path) -> None:
         print(f"warning: {found}. The model would learn never to call a tool.")
     if UNREADABLE_TOOLS in noticed:
         print(
-            "warning: prompts do not show tools that cannot be read. A tool is an object such as "
-            '{"name": "get_weather", "parameters": {"type": "object", "properties": {}}}.'
+            "warning: some tools cannot be read, so the prompts do not show them. A tool is an "
+            'object such as {"name": "get_weather", "parameters": {"type": "object"}}.'
         )
     if has_calls and not declares_tools:
         print(
@@ -1449,8 +1449,8 @@ def main(argv: list[str] | None = None) -> None:
     for name, items in splits.items():
         if not items:
             fail(
-                f"no conversation is left for the {name} split (see the rows above). Use more rows "
-                "or another --test-size."
+                f"no conversation is left for the {name} split. The lines above say why rows were "
+                "dropped. Use more rows."
             )
     info = {
         "source": {

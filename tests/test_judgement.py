@@ -595,7 +595,7 @@ def test_missing_predictions_of_a_file_cause_a_warning(tmp_path, capsys):
     score_rows(tmp_path, ANSWERS[:1])
     printed = capsys.readouterr().out
     assert f"warning: {len(ANSWERS) - 1} queries have no prediction" in printed
-    assert "warning: 1 turns with calls are few" in printed
+    assert "warning: only 1 turns contain calls" in printed
 
 
 def test_a_second_prediction_for_a_query_is_refused(tmp_path):

@@ -284,7 +284,7 @@ def test_tools_that_cannot_be_read_cause_a_warning(tmp_path, capsys):
     rows = [turns(HI, HELLO, tools=["get_weather"])] * 5
     run(write_rows(tmp_path / "rows.jsonl", rows), tmp_path / "out")
     printed = capsys.readouterr().out
-    assert "warning: prompts do not show tools that cannot be read" in printed
+    assert "warning: some tools cannot be read, so the prompts do not show them" in printed
     assert "warning: no turn calls a tool" in printed or "warning: tools are declared" in printed
 
 

@@ -64,7 +64,7 @@ def roles_in(requests):
 
 def test_a_fine_tuned_model_gets_unchanged_messages_and_the_baseline_user_turns(ask):
     """Gemma's own template refuses tool turns, and user text must not forge a turn."""
-    server = ChatServer(echo, delay=0.02)
+    server = ChatServer(echo, delay=0.2)
     predictions, metrics = ask(server.url, "--concurrency", "3")
     assert server.most_at_once == 3
     assert len(predictions) == 12 and metrics["scores"]["turn_right"]["value"] == 1
@@ -123,13 +123,13 @@ def test_nothing_is_stored_if_the_server_stalls_or_is_absent(ask, monkeypatch):
     ask(absent, error=f"^error: no connection to {absent}/v1.*Start the server, or check --server")
     monkeypatch.setattr(evaluation, "REQUEST_TIMEOUT", 0.3)
     stalling = ChatServer(echo, delay=1)
-    ask(stalling.url, error="none of 12 queries was answered.*no answer within 0.3 seconds")
+    ask(stalling.url, error="none of the 12 queries was answered.*no answer within 0.3 seconds")
     monkeypatch.setattr(evaluation, "REQUEST_TIMEOUT", 30)
     predictions, metrics = ask(ChatServer(echo).url)
     ask("http://127.0.0.1:9", error="already contains predictions")
     for url, path, words in (
         (absent, "/v1", "no connection"),
-        (ChatServer(lambda *_: 404).url, "/typo", "none of 12 queries .* nothing was stored"),
+        (ChatServer(lambda *_: 404).url, "/typo", "none of the 12 queries .* nothing was saved"),
     ):
         assert ask(url, "--overwrite", error=words, path=path) == (predictions, metrics)
 
@@ -235,7 +235,7 @@ MESSAGES = [  # status and body of an error; the message that is printed
 @pytest.mark.parametrize("status, body, words", MESSAGES)
 def test_the_error_contains_the_message_of_the_server(ask, status, body, words):
     server = ChatServer(lambda asked, times: (status, body))
-    ask(server.url, error=f"none of 12 queries was answered.*{words}")
+    ask(server.url, error=f"none of the 12 queries was answered.*{words}")
 
 
 def test_a_rate_limit_error_with_status_200_is_retried(ask):
