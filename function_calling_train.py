@@ -569,7 +569,7 @@ def read_split(path: Path) -> tuple[list[list[dict]], dict]:
     )
     info_path = path.with_name("dataset_info.json")
     if not path.is_file():
-        fail(f"{path} is not a file. {advice}")
+        fail(f"{path} {'is a folder' if path.is_dir() else 'does not exist'}. {advice}")
     if not info_path.is_file():
         fail(f"{path} is not a split of step 1: no dataset_info.json is next to it. {advice}")
     try:
