@@ -1863,13 +1863,13 @@ def report_results(
             table = format_scores(without_repeated, metrics=MAIN_METRICS)
             print(f" Without them:\n\n{table}", end="")
         print("\n")
+    print_counts(metrics)
     num_calls = metrics["scores"].get("turn_right", {}).get("n", 0)
     if 0 < num_calls < ENOUGH_CALLS:
         print(
-            f"warning: only {num_calls} turns contain calls, so differences may be due to chance "
-            f"even if their intervals do not contain 0. Use at least {ENOUGH_CALLS}.\n"
+            f"warning: only {num_calls} turns contain calls, so the scores of calls are imprecise, "
+            f"even if an interval is narrow. Use at least {ENOUGH_CALLS}."
         )
-    print_counts(metrics)
     print_failures(turns, queries, args)
     return turns
 
