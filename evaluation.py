@@ -117,7 +117,7 @@ def add_generation_arguments(parser: argparse.ArgumentParser) -> None:
         "--batch-size",
         type=positive_int,
         metavar="N",
-        help="Number of queries to generate at once (default: as many as fit a token budget).",
+        help="Number of outputs to generate at once (default: as many as fit a token budget).",
     )
     group.add_argument(
         "--dtype",

@@ -21,6 +21,7 @@ import logging
 import re
 import shlex
 import sys
+import warnings
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -1425,8 +1426,7 @@ def is_published_split(args: argparse.Namespace) -> bool:
     return given == published and not any(changes)
 
 
-def main(argv: list[str] | None = None) -> None:
-    args = parse_args(argv)
+def run(args: argparse.Namespace) -> None:
     before_request = "\n\n" if args.no_think_instruction else THINK_INSTRUCTION
     seen: set[str] = set()
     reports = []
@@ -1480,10 +1480,15 @@ def main(argv: list[str] | None = None) -> None:
     print_summary(info, reports, args.output_dir)
 
 
-if __name__ == "__main__":
-    logging.captureWarnings(True)
-    logging.disable()  # errors of libraries are reported by explain_load_error
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    logging.disable()  # explain_load_error reports the errors of libraries
+    warnings.simplefilter("ignore")
     try:
-        main()
+        run(args)
     except KeyboardInterrupt:
         sys.exit("interrupted: nothing was written")
+
+
+if __name__ == "__main__":
+    main()
