@@ -166,7 +166,7 @@ def add_result_arguments(parser: argparse.ArgumentParser) -> None:
         "--compare-with",
         type=Path,
         metavar="FOLDER",
-        help="Results folder of another run to compare with. If this run already has predictions, "
+        help="Results folder of the run to compare with. If this run already has predictions, "
         "they are reused (default: the baseline of the model).",
     )
     group.add_argument(
@@ -405,12 +405,12 @@ def find_adapter(args: argparse.Namespace) -> tuple[Path, str | None]:
         folder, _ = find_folder(args.adapter)
     else:
         folder = default_adapter(args.model)
-        if Path(args.model, "training_run.json").is_file():
-            fail(
-                f"--model {args.model} is a merged model. Add --baseline to evaluate it without an "
-                "adapter."
-            )
         if not folder.is_dir():
+            if Path(args.model, "training_run.json").is_file():
+                fail(
+                    f"{folder} not found, but --model {args.model} is a merged model. Add "
+                    "--baseline to evaluate it without an adapter."
+                )
             fail(
                 f"{folder} not found. If --model {args.model} is correct, run "
                 f"`{training_command(args)}` first, or pass --adapter for another adapter or "
@@ -1048,9 +1048,8 @@ def read_answered(results_dir: Path, run: dict) -> set[tuple[str, str]]:
     if not path.exists():
         return set()
     check_same_run(run, results_dir)
-    os.truncate(
-        path, path.read_bytes().rfind(b"\n") + 1
-    )  # the last line may be incomplete after a kill
+    # The last line may be incomplete after a kill.
+    os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
     predictions = {key_of(prediction): prediction for _, prediction in read_jsonl(path)}
     return {key for key, found in predictions.items() if found["finish_reason"] != "failed"}
 
@@ -1496,7 +1495,7 @@ def text_key(query: dict) -> tuple:
 def read_train_split(test_file: Path) -> tuple[set[tuple], set[str] | None]:
     """Return (text_key of all queries, names of all tools) of the train split next to a test split.
 
-    The names are None if there is no train split.
+    Without a train split, the names are None.
     """
     train_file = test_file.with_name("function_calling_train.jsonl")
     if not train_file.is_file():
@@ -1857,12 +1856,12 @@ def report_results(
         )
     if metrics["repeated_queries"]:
         num_repeated = len(metrics["repeated_queries"])
-        print(f"{num_repeated:,} of these queries are also in the train split.", end="")
-        if num_repeated < len(turns):
+        has_others = num_repeated < len(turns)
+        title = " Without them:" if has_others else ""
+        print(f"{num_repeated:,} of these queries are also in the train split.{title}\n")
+        if has_others:
             without_repeated = make_columns(label, turns, comparison, with_repeated=False)
-            table = format_scores(without_repeated, metrics=MAIN_METRICS)
-            print(f" Without them:\n\n{table}", end="")
-        print("\n")
+            print(f"{format_scores(without_repeated, metrics=MAIN_METRICS)}\n")
     print_counts(metrics)
     num_calls = metrics["scores"].get("turn_right", {}).get("n", 0)
     if 0 < num_calls < ENOUGH_CALLS:

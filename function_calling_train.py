@@ -1102,15 +1102,12 @@ def check_earlier_run(args: argparse.Namespace, run: dict) -> None:
                 f"{' and '.join(changes)}. Use the original flags, or --overwrite to start over."
             )
     elif not args.overwrite:
-        state, advice = (
-            "a finished run",
-            "--resume with --merge or --push-to-hub to merge or upload it",
-        )
+        found = "a finished run. Use --resume with --merge or --push-to-hub to merge or upload it"
         if earlier == begun:
-            state, advice = "an unfinished run", "--resume to continue it"
+            found = "an unfinished run. Use --resume to continue it"
         fail(
-            f"{args.output_dir} already contains {state}. Use {advice}, --overwrite to start over, "
-            "or another --output-dir."
+            f"{args.output_dir} already contains {found}, --overwrite to start over, or another "
+            "--output-dir."
         )
     if args.merge and args.merged_dir.is_dir() and not is_merged_model(args.merged_dir):
         fail(

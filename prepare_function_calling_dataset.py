@@ -254,7 +254,8 @@ def load_test_rows(args: argparse.Namespace) -> tuple[list, str]:
 
 def explain_load_error(name: str, error: Exception) -> str:
     """One line for whatever the file system, pyarrow, datasets or the Hub raise."""
-    reason = " ".join(f"{error} {error.__cause__ or ''}".split()) or type(error).__name__
+    text = re.sub(r"\[Errno -?\d+\] ", "", f"{error} {error.__cause__ or ''}")
+    reason = " ".join(text.split()) or type(error).__name__
     if "gated dataset" in reason:
         return (
             f"{name} is a gated dataset. Open https://huggingface.co/datasets/{name}, accept its "

@@ -378,8 +378,10 @@ def test_user_mistakes_print_one_line(tiny_model, splits, finished, tmp_path):
     (tmp_path / "rows.json").write_text(json.dumps([good], indent=1))
     (tmp_path / "rows.jsonl").write_text('{"conversations": [], "tools": []}\n')
     train_file = splits / "function_calling_train.jsonl"
-    (tmp_path / "merged").mkdir()
-    (tmp_path / "merged/training_run.json").write_text("{}")
+    for merged in ("merged", "continued"):
+        (tmp_path / merged).mkdir()
+        (tmp_path / merged / "training_run.json").write_text("{}")
+    (tmp_path / "LoRA_continued-function_calling").mkdir()
     (tmp_path / "no model").mkdir()
     (tmp_path / "unfinished").mkdir()
     (tmp_path / "unfinished-checkpoints").mkdir()
@@ -389,6 +391,8 @@ def test_user_mistakes_print_one_line(tiny_model, splits, finished, tmp_path):
         (tiny_model, [], ["not found", f"function_calling_train.py --model {tiny_model}"]),
         (tiny_model, ["--test-file", train_file], ["is the train split", "--test-file"]),
         ("merged", [], ["--model merged is a merged model", "--baseline"]),
+        # A merged model that was trained further: its adapter is looked for as usual.
+        ("continued", [], ["LoRA_continued-function_calling is not a finished adapter"]),
         (tiny_model, ["--test-file", "x"], ["x not found", "prepare_function_calling_dataset.py"]),
         (tiny_model, ["--test-file", "bad.jsonl"], ["bad.jsonl, line 2", not_a_split, "'tools'"]),
         (tiny_model, ["--test-file", "rows.jsonl"], ["rows.jsonl, line 1", not_a_split]),

@@ -285,7 +285,17 @@ def test_tools_that_cannot_be_read_cause_a_warning(tmp_path, capsys):
     run(write_rows(tmp_path / "rows.jsonl", rows), tmp_path / "out")
     printed = capsys.readouterr().out
     assert "warning: some tools cannot be read, so the prompts do not show them" in printed
-    assert "warning: no turn calls a tool" in printed or "warning: tools are declared" in printed
+    assert "warning: tools are declared but no turn calls one" in printed
+
+
+def test_a_conversation_without_tools_and_calls_causes_a_warning(tmp_path, capsys):
+    run(write_rows(tmp_path / "rows.jsonl", [turns(HI, HELLO)] * 5), tmp_path / "out")
+    assert "warning: no turn calls a tool. The model" in capsys.readouterr().out
+
+
+def test_an_error_is_explained_without_the_number_of_the_operating_system():
+    error = PermissionError(13, "Permission denied")
+    assert prepare.explain_load_error("rows.jsonl", error) == "rows.jsonl: Permission denied"
 
 
 def test_a_call_without_a_closing_tag_is_noticed(tmp_path):

@@ -587,12 +587,14 @@ def test_the_next_commands_can_be_pasted_and_include_a_missing_baseline(
     results = tmp_path / "evaluation_results/tiny model/baseline"
     results.mkdir(parents=True)
     info = json.loads((data / "dataset_info.json").read_text())
-    for sha256, commands in (("of another split", 2), (info["test"]["sha256"], 1)):
+    both = f"Next        {baseline}\n            {fine_tuned}\n"
+    one = f"Next        {fine_tuned}\n"
+    for sha256, commands in (("of another split", both), (info["test"]["sha256"], one)):
         metrics = {"run": {"test_split_sha256": sha256}}
         (results / "metrics.json").write_text(json.dumps(metrics))
         process = run_here(SCRIPT, *command, "--resume", cwd=tmp_path)
-        assert process.stdout.endswith(f"{fine_tuned}\n")
-        assert process.stdout.count("evaluation.py") == commands
+        assert process.stdout.endswith(commands)
+    assert "baseline" not in process.stdout
     args = train.parse_args([])
     assert train.evaluation_command(args) == "python evaluation.py"
     args = train.parse_args(["--revision", "v1"])
