@@ -25,6 +25,8 @@ from transformers import (
     AutoTokenizer,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
+    TrainerControl,
+    TrainerState,
     training_args,
 )
 from trl import SFTTrainer
@@ -253,7 +255,7 @@ def test_a_killed_and_resumed_run_gives_the_same_adapter_bit_for_bit(
     checkpoints = tmp_path / "run-checkpoints"
     assert process.returncode == -9 and not list((tmp_path / "run").iterdir())
     # A run that is killed while it writes a checkpoint leaves all files but trainer_state.json.
-    cut_short = shutil.copytree(checkpoints / "checkpoint-6", checkpoints / "checkpoint-7")
+    cut_short = shutil.copytree(checkpoints / "checkpoint-7", checkpoints / "checkpoint-8")
     (cut_short / "trainer_state.json").unlink()
 
     assert_fails_in_one_line(run_here(SCRIPT, *command, cwd=tmp_path), "--resume", "--overwrite")
@@ -262,10 +264,23 @@ def test_a_killed_and_resumed_run_gives_the_same_adapter_bit_for_bit(
     assert_fails_in_one_line(refused, "--seed 42, not 3", "--lora-rank 16, not 4", "--overwrite")
 
     process = run_here(SCRIPT, *command, "--resume", cwd=tmp_path)
-    assert process.returncode == 0 and "checkpoint-6\n" in process.stdout, process.stderr
+    assert process.returncode == 0 and "checkpoint-7\n" in process.stdout, process.stderr
     assert not process.stderr
     assert (tmp_path / "run" / WEIGHTS).read_bytes() == (finished.adapter / WEIGHTS).read_bytes()
     assert not checkpoints.exists()
+
+
+def test_an_interruption_loses_at_most_a_twentieth_of_the_steps():
+    for num_steps, interval in ((12, 1), (41, 2), (237, 11)):
+        saved = []
+        for step in range(1, num_steps + 1):
+            control = TrainerControl()
+            train.SaveOften().on_step_end(
+                None, TrainerState(global_step=step, max_steps=num_steps), control
+            )
+            saved += [step] * control.should_save
+        assert saved == list(range(interval, num_steps + 1, interval))
+        assert interval == 1 or interval <= num_steps / 20
 
 
 def test_a_finished_run_is_not_replaced_without_overwrite_and_resume_only_merges(
