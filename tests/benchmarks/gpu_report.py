@@ -394,8 +394,7 @@ def report_resume(args: argparse.Namespace) -> None:
     shape = args.model_shapes[0]
     num_steps = args.size.resume_steps
     folder = write_inputs(args, shape, 6 * num_steps)
-    # Two epochs save four checkpoints, so that there is time to kill the run after the first.
-    flags = ["--max-steps", str(num_steps), "--epochs", "2", "--validation-size", "0.1"]
+    flags = ["--max-steps", str(num_steps), "--validation-size", "0.1"]
     run_command(training_command(folder, "uninterrupted", *flags))
     command = training_command(folder, "killed", *flags)
     kill_after_checkpoint(command, folder / "killed-checkpoints")
