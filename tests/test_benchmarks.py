@@ -16,6 +16,7 @@ import prepare_function_calling_dataset as prepare
 sys.path.insert(0, str(ROOT / "tests/benchmarks"))
 import ask_with_tools
 import gpu_report
+import run_bfcl
 
 TRAINING = ("bench_training.py", ["--steps", "2"], ["published", "trl", "ours"])
 GENERATION = (
@@ -77,6 +78,28 @@ def test_the_openai_client_counts_parsed_calls_and_its_answers_can_be_scored(tmp
     scored = run_script("evaluation.py", *command, *test_file, cwd=tmp_path)
     metrics = json.loads((next(tmp_path.rglob("metrics.json"))).read_text())
     assert metrics["scores"]["f1"]["value"] == 1 and not scored.returncode
+
+
+def test_bfcl_asks_failed_and_incomplete_answers_again(tmp_path):
+    path = tmp_path / "result.json"
+    answer = json.dumps({"id": "a", "result": "[]"}) + "\n"
+    failed = {"id": "b", "result": "Error during inference: 500", "traceback": "..."}
+    path.write_text(answer + json.dumps(failed) + '\n{"id": "c", "resu')
+    assert run_bfcl.remove_failed_answers(path) == ["b: Error during inference: 500"]
+    assert path.read_text() == answer
+
+
+def test_bfcl_does_not_mix_the_answers_of_two_models(tmp_path):
+    run_bfcl.check_settings(tmp_path, {"server_model": "a", "max_tokens": 256})
+    run_bfcl.check_settings(tmp_path, {"server_model": "a", "max_tokens": 256})
+    with pytest.raises(SystemExit, match="server_model a, not b. Choose another --output-dir"):
+        run_bfcl.check_settings(tmp_path, {"server_model": "b", "max_tokens": 256})
+
+
+def test_the_interval_of_a_bfcl_score_is_wilsons():
+    # Without a success, it is [0, z² / (n + z²)]. With half of n, it is 1/2 ± z / (2 √(n + z²)).
+    assert run_bfcl.wilson_interval(0, 20) == pytest.approx((0, 0.1611), abs=1e-4)
+    assert run_bfcl.wilson_interval(10, 20) == pytest.approx((0.2993, 0.7007), abs=1e-4)
 
 
 REPORT = ROOT / "tests/benchmarks/gpu_report.py"
