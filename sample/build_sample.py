@@ -393,7 +393,7 @@ def call_tools(rng: Random, calls: list[tuple[dict, dict]]) -> list[Turn]:
 
 
 def refuse(rng: Random, declared: list[dict], undeclared: list[dict]) -> list[Turn]:
-    """Draw a request for a tool that is not declared. The model answers what it can do instead."""
+    """Draw a request for a tool that is not declared. The model lists the tools that it has."""
     request = draw_request(rng, rng.choice(undeclared))
     abilities = [tool["description"][0].lower() + tool["description"][1:] for tool in declared]
     answer = f"I'm sorry, but I have no function for that. I can only {say(abilities)}."

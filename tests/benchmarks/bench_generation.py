@@ -12,8 +12,8 @@ Two variants answer the same queries one after the other, each in a process of i
   covers the embeddings and the head is not merged. Batches have 24 queries in the order of the
   data, padded on the left. Generation does not stop at the end of a turn.
 
-Each model turn is a query, as in evaluation.py. Speed should not depend on what a model happens to
-say, so the length of each answer is drawn at random: median 50 tokens, mean about 100. If
+Each model turn is a query, as in evaluation.py. Speed should not depend on the text of the answers,
+so the length of each answer is drawn at random: median 50 tokens, mean about 100. If
 --max-new-tokens is below 256, answers are shorter in proportion.
 """
 

@@ -41,7 +41,7 @@ class NotRun(Exception):
 
 
 def run_command(command: list[str | Path]) -> str:
-    """Return what a command prints. If it fails, raise an error with its last lines."""
+    """Return the output of a command. If it fails, raise an error with its last lines."""
     process = subprocess.run(list(map(str, command)), capture_output=True, text=True)
     if process.returncode:
         last_lines = process.stderr.strip().splitlines()[-3:]
