@@ -89,15 +89,15 @@ def test_bfcl_asks_failed_and_incomplete_answers_again(tmp_path):
     assert path.read_text() == answer
 
 
-def test_bfcl_does_not_mix_the_answers_of_two_models(tmp_path):
+def test_bfcl_does_not_mix_the_answers_of_two_model_names(tmp_path):
     run_bfcl.check_settings(tmp_path, {"server_model": "a", "max_tokens": 256})
     run_bfcl.check_settings(tmp_path, {"server_model": "a", "max_tokens": 256})
     with pytest.raises(SystemExit, match="server_model a, not b. Choose another --output-dir"):
         run_bfcl.check_settings(tmp_path, {"server_model": "b", "max_tokens": 256})
 
 
-def test_the_interval_of_a_bfcl_score_is_wilsons():
-    # Without a success, it is [0, z² / (n + z²)]. With half of n, it is 1/2 ± z / (2 √(n + z²)).
+def test_a_bfcl_score_has_a_wilson_interval():
+    # If no answer is correct, it is [0, z² / (n + z²)]. If half are, it is 1/2 ± z / (2 √(n + z²)).
     assert run_bfcl.wilson_interval(0, 20) == pytest.approx((0, 0.1611), abs=1e-4)
     assert run_bfcl.wilson_interval(10, 20) == pytest.approx((0.2993, 0.7007), abs=1e-4)
 

@@ -270,7 +270,7 @@ def test_a_killed_and_resumed_run_gives_the_same_adapter_bit_for_bit(
     assert not checkpoints.exists()
 
 
-def test_an_interruption_loses_at_most_a_twentieth_of_the_steps():
+def test_a_checkpoint_is_saved_after_every_5_percent_of_the_steps():
     for num_steps, interval in ((12, 1), (41, 2), (237, 11)):
         saved = []
         for step in range(1, num_steps + 1):
@@ -280,7 +280,6 @@ def test_an_interruption_loses_at_most_a_twentieth_of_the_steps():
             )
             saved += [step] * control.should_save
         assert saved == list(range(interval, num_steps + 1, interval))
-        assert interval == 1 or interval <= num_steps / 20
 
 
 def test_a_finished_run_is_not_replaced_without_overwrite_and_resume_only_merges(
