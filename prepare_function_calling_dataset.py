@@ -10,6 +10,8 @@ part of the first user turn, and calls and results become tagged blocks. dataset
 the source, the counts, the prompt's wording, and everything in the rows that was not used.
 """
 
+from __future__ import annotations
+
 import argparse
 import ast
 import contextlib
@@ -25,9 +27,12 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from tqdm import tqdm
+
+if TYPE_CHECKING:
+    from datasets import DatasetBuilder
 
 DEFAULT_DATASET = "NousResearch/hermes-function-calling-v1"
 DEFAULT_CONFIG = "glaive_func_calling"
@@ -155,7 +160,8 @@ def fail(message: str) -> NoReturn:
 
 
 # A name that ends in one of these is treated as a file, even if the file does not exist.
-FILE_SUFFIXES = [".json", ".jsonl", ".gz", ".parquet", ".csv", ".tsv", ".txt"]
+ROW_SUFFIXES = [".json", ".jsonl", ".gz", ".parquet"]  # those that read_file reads
+FILE_SUFFIXES = [*ROW_SUFFIXES, ".csv", ".tsv", ".txt"]
 
 
 def is_data_file(name: str) -> bool:
@@ -220,22 +226,47 @@ def load_rows(
         data = Path(name).read_bytes()
         return read_file(Path(name), data), "sha256:" + hashlib.sha256(data).hexdigest()
     builder = datasets.load_dataset_builder(name, config, revision=revision)
+    if Path(name).is_dir():
+        return load_folder(Path(name), builder, split), builder.hash
     builder.download_and_prepare()
     if split is None:
         split = "test" if "test" in builder.info.splits else next(iter(builder.info.splits))
-    if Path(name).is_dir():
-        print_files(Path(name), builder.config.data_files.get(split.split("[")[0], []))
     return list(builder.as_dataset(split=split)), builder.hash
 
 
-def print_files(folder: Path, data_files: list[str]) -> None:
-    """Say which files of a folder are read: datasets assigns them to splits by their names."""
-    read = sorted(Path(path).resolve() for path in data_files)
-    files = sorted(path.resolve() for path in folder.rglob("*") if path.suffix in FILE_SUFFIXES)
-    titles = {"Read": read, "Not read": [path for path in files if path not in read]}
-    for title, paths in titles.items():
+def load_folder(folder: Path, builder: DatasetBuilder, split: str | None) -> list:
+    """Return the rows of a split of a folder. datasets assigns files to splits by their names."""
+    files = {str(name): list(map(Path, paths)) for name, paths in builder.config.data_files.items()}
+    if split is None:
+        split = "test" if "test" in files else next(iter(files))
+    split_name = split.split("[")[0]  # of a slice such as train[:100]
+    if split_name not in files:
+        raise ValueError(f'no split "{split_name}" in {folder}. Its splits: {", ".join(files)}.')
+    paths = files[split_name]
+    print_files(folder, paths)
+    # Arrow would need the same columns in all files, and would fill in nulls.
+    if split == split_name and all(path.suffix in ROW_SUFFIXES for path in paths):
+        return [row for path in paths for row in read_file_of(folder, path)]
+    builder.download_and_prepare()
+    return list(builder.as_dataset(split=split))
+
+
+def read_file_of(folder: Path, path: Path) -> list:
+    """Return the rows of a file of a folder. Raises ValueError that names the file."""
+    try:
+        return read_file(path, path.read_bytes())
+    except Exception as error:  # gzip and pyarrow raise errors of many kinds
+        raise ValueError(f"{path.relative_to(folder.resolve())}: {error}") from None
+
+
+def print_files(folder: Path, read: list[Path]) -> None:
+    """Print which files of a folder are read, and which are not."""
+    folder_path = folder.resolve()
+    files = sorted(path for path in folder_path.rglob("*") if path.suffix in FILE_SUFFIXES)
+    not_read = [path for path in files if path not in read]
+    for title, paths in {"Read": sorted(read), "Not read": not_read}.items():
         if paths:
-            names = ", ".join(str(path.relative_to(folder.resolve())) for path in paths)
+            names = ", ".join(str(path.relative_to(folder_path)) for path in paths)
             print(f"{title:<11} {names} of {folder}")
 
 

@@ -777,6 +777,42 @@ def test_the_user_can_pass_a_test_set(tmp_path, capsys, monkeypatch):
     assert [record["id"] for record in records["test"]] == ["1", "2", "3"]
 
 
+def test_the_files_of_a_folder_may_have_different_layouts_and_keep_null_arguments(tmp_path):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    write_rows(folder / "a.jsonl", numbered(1, 2))
+    call = '{"name": "get_weather", "arguments": {"city": "Oslo", "unit": null}}'
+    turns = [("human", "Weather?"), ("function_call", call)]
+    sharegpt = [{"from": role, "value": text} for role, text in turns]
+    write_rows(tmp_path / "b.jsonl", [{"id": "b", "conversations": sharegpt, "tools": "[]"}])
+    (folder / "b.jsonl").symlink_to(tmp_path / "b.jsonl")  # as in the cache of the Hub
+    records, info = run(folder, tmp_path / "out", "--test-dataset", folder)
+    assert [record["id"] for record in records["train"]] == ["1", "2", "b"]
+    assert '"unit": null' in records["train"][2]["messages"][1]["content"]
+    assert info["unread"] == {}
+
+
+BAD_FOLDERS = [
+    ("b.jsonl", '{"messages": [', [], "b.jsonl: line 1 is not valid JSON"),
+    ("b.jsonl.gz", "no gzip", [], "b.jsonl.gz: Not a gzipped file"),
+    ("b.parquet", "no parquet", [], "b.parquet: Parquet"),
+    ("b.jsonl", "", ["--split", "dev"], 'no split "dev" in .*. Its splits: train'),
+]
+
+
+@pytest.mark.parametrize("name, content, options, words", BAD_FOLDERS)
+def test_an_error_in_a_folder_names_the_file(name, content, options, words, tmp_path):
+    (tmp_path / "folder" / "train").mkdir(parents=True)
+    suffix = "parquet" if name.endswith("parquet") else "jsonl"
+    rows = write_rows(tmp_path / "folder" / "train" / f"a.{suffix}", numbered(1, 2))
+    if suffix == "parquet":
+        datasets.Dataset.from_list(numbered(1, 2)).to_parquet(str(rows))
+    (tmp_path / "folder" / "train" / name).write_text(content)
+    with pytest.raises(SystemExit, match=f"^error: [^\n]*{words}[^\n]*$"):
+        run(tmp_path / "folder", tmp_path / "out", *options)
+    assert not (tmp_path / "out").exists()
+
+
 BAD_TESTS = [
     (["--test-dataset", "validation"], "is a file without splits"),
     (["--test-dataset", "absent.jsonl"], "absent.jsonl: no such file"),
