@@ -406,7 +406,7 @@ def find_adapter(args: argparse.Namespace) -> tuple[Path, str | None]:
     else:
         folder = default_adapter(args.model)
         if not folder.is_dir():
-            if Path(args.model, "training_run.json").is_file():
+            if is_merged(args.model):
                 fail(
                     f"{folder} not found, but --model {args.model} is a merged model. Add "
                     "--baseline to evaluate it without an adapter."
@@ -447,6 +447,11 @@ def find_adapter(args: argparse.Namespace) -> tuple[Path, str | None]:
 
 def default_adapter(model: str) -> Path:
     return Path(f"LoRA_{name_of(model)}-function_calling")
+
+
+def is_merged(model: str) -> bool:
+    """Whether a model is a local folder with an adapter merged into its weights."""
+    return Path(model).expanduser().joinpath("training_run.json").is_file()
 
 
 def choose_device(dtype: str | None = None) -> tuple[str, "torch.dtype"]:
@@ -1968,9 +1973,10 @@ def next_command(args: argparse.Namespace, argv: list[str]) -> str:
     """The command to run after this one: train, evaluate the other model, or read failures."""
     modes = ("--resume", "--overwrite", "--rescore")
     flags = [flag for flag in argv if flag not in modes]
-    if args.baseline and not default_adapter(args.model).is_dir():
+    is_trained = default_adapter(args.model).is_dir()
+    if args.baseline and not is_trained and not is_merged(args.model):
         return training_command(args)
-    if args.baseline and not args.server and not args.name:
+    if args.baseline and is_trained and not args.server and not args.name:
         flags.remove("--baseline")
         return shlex.join(["python", "evaluation.py", *flags])
     return shlex.join(["python", "evaluation.py", *flags, "--show-failures", "10"])

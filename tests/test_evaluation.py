@@ -413,6 +413,29 @@ def test_user_mistakes_print_one_line(tiny_model, splits, finished, tmp_path):
     assert not (tmp_path / "evaluation_results").exists()
 
 
+ADAPTER_RUN = "LoRA_gemma-3-1b-it-function_calling/training_run.json"
+NEXT_COMMANDS = [  # a file that exists, flags, the proposed command
+    (None, ["--baseline"], "function_calling_train.py"),
+    (ADAPTER_RUN, ["--baseline"], "evaluation.py"),
+    (ADAPTER_RUN, [], "evaluation.py --show-failures 10"),
+    (
+        "merged/training_run.json",
+        ["--baseline", "--model", "merged"],
+        "evaluation.py --baseline --model merged --show-failures 10",
+    ),
+]
+
+
+@pytest.mark.parametrize("file, flags, command", NEXT_COMMANDS)
+def test_the_next_command_fits_the_kind_of_model(file, flags, command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    if file:
+        (tmp_path / file).parent.mkdir()
+        (tmp_path / file).write_text("{}")
+    args = evaluation.parse_args(flags)
+    assert evaluation.next_command(args, flags) == f"python {command}"
+
+
 SERVER = ["--server", "http://127.0.0.1:9/v1", "--server-model", "m"]
 
 
