@@ -162,11 +162,13 @@ CHAT_TEMPLATE = r"""
             {%- set found.thoughts = found.thoughts + [thought] -%}
         {%- endfor -%}
     {%- endif -%}
-    {%- set written = namespace(thoughts=[]) -%}
+    {%- set written = namespace(thoughts=[], before='') -%}
+    {%- for piece in (text.split('<think>') | list)[1:] -%}
+        {%- set written.before = written.before + '\n' + (piece.split('</think>') | list)[0] -%}
+    {%- endfor -%}
     {%- for thought in found.thoughts if thought is string and thought | trim -%}
         {%- set thought = thought | replace('<think>', '') | replace('</think>', '') | trim -%}
-        {%- set is_written = '<think>' in text and thought in text -%}
-        {%- if thought and not is_written and thought not in written.thoughts -%}
+        {%- if thought and thought not in written.before and thought not in written.thoughts -%}
             {%- set written.thoughts = written.thoughts + [thought] -%}
         {%- endif -%}
     {%- endfor -%}
@@ -211,9 +213,24 @@ CHAT_TEMPLATE = r"""
     {{- text if is_wrapped else '<tool_response>\n' + text + '\n</tool_response>' -}}
 {%- endmacro -%}
 
+{#- Writes "yes" if a text contains a name that is not a part of a longer name. #}
+{%- macro has_name(text, name) -%}
+    {%- set name_letters = 'abcdefghijklmnopqrstuvwxyz0123456789_-' -%}
+    {%- set found = namespace(before='', answer='') -%}
+    {%- for piece in text.split(name) -%}
+        {%- if not loop.first and (found.before[-1:] | lower) not in name_letters
+                and (piece[:1] | lower) not in name_letters -%}
+            {%- set found.answer = 'yes' -%}
+        {%- endif -%}
+        {%- set found.before = piece -%}
+    {%- endfor -%}
+    {{- found.answer -}}
+{%- endmacro -%}
+
 {{- bos_token -}}
 {%- set found = namespace(system='', tools=tools, is_start=true, has_asked=false, text='',
-    calls=[], call_keys=[], results=[], ordered=[], shows_tools=false, carries_loss=true) -%}
+    calls=[], results=[], ordered=[], used=[], is_answered=false, shown='\n', shows_tools=true,
+    carries_loss=true) -%}
 {%- for message in messages -%}
     {%- set role = role_of(message) -%}
     {%- set ends_turn = loop.last or role_of(messages[loop.index]) != role -%}
@@ -233,13 +250,15 @@ CHAT_TEMPLATE = r"""
         {%- endif -%}
         {%- if ends_turn -%}
             {%- for piece in ((found.system + found.text).split('<tools>') | list)[1:] -%}
-                {%- set block = (piece.split('</tools>') | list)[0] | trim -%}
-                {%- for tool in found.tools or [] if '</tools>' in piece -%}
-                    {%- set name = (tool.function or tool).name -%}
-                    {%- if name and name in block -%}
-                        {%- set found.shows_tools = true -%}
-                    {%- endif -%}
-                {%- endfor -%}
+                {%- if '</tools>' in piece -%}
+                    {%- set block = (piece.split('</tools>') | list)[0] -%}
+                    {%- set found.shown = found.shown + block + '\n' -%}
+                {%- endif -%}
+            {%- endfor -%}
+            {%- for tool in found.tools or [] -%}
+                {%- set name = (tool.function or tool).name -%}
+                {%- set is_shown = name and has_name(found.shown, name) -%}
+                {%- set found.shows_tools = found.shows_tools and is_shown -%}
             {%- endfor -%}
             {%- if found.tools and not found.has_asked and not found.shows_tools -%}
                 {%- set found.system = found.system + ('\n\n' if found.system else '')
@@ -256,9 +275,9 @@ CHAT_TEMPLATE = r"""
         {%- set text = thoughts_of(message, text) + (text if text | trim else '') -%}
         {%- set old_call = [message.function_call] if message.function_call else [] -%}
         {%- set has_calls = '<tool_call>' in text and '</tool_call>' in text -%}
-        {%- set calls = [] if has_calls else message.tool_calls or old_call -%}
+        {%- set calls = message.tool_calls or old_call -%}
         {%- set found.calls = found.calls + calls -%}
-        {%- for piece in [text, calls_of(calls)] if piece | trim -%}
+        {%- for piece in [text, '' if has_calls else calls_of(calls)] if piece | trim -%}
             {%- set separator = '\n' if piece[:11] == '<tool_call>' else '\n\n' -%}
             {%- set found.text = found.text + (separator if found.text else '') + piece -%}
         {%- endfor -%}
@@ -277,17 +296,21 @@ CHAT_TEMPLATE = r"""
             {#- in the order of their calls, by id or else by name #}
             {%- for use_id in [true, false] if found.ordered | length != found.results | length -%}
                 {%- set found.ordered = [] -%}
-                {%- set found.call_keys = [] -%}
+                {%- set found.used = [] -%}
                 {%- for call in found.calls -%}
                     {%- set key = call.id if use_id else (call.function or call).name -%}
-                    {%- for result in found.results
-                            if key is defined and key is not none and key not in found.call_keys -%}
-                        {%- set named = result.tool_call_id if use_id else result.name -%}
-                        {%- if named is defined and named is not none and named ~ '' == key ~ '' -%}
+                    {%- set found.is_answered = key is not defined or key is none -%}
+                    {%- for result in found.results -%}
+                        {%- set named = result.tool_call_id if use_id
+                            else result.name or result.tool_name -%}
+                        {%- if not found.is_answered and loop.index0 not in found.used
+                                and named is defined and named is not none
+                                and named ~ '' == key ~ '' -%}
                             {%- set found.ordered = found.ordered + [result] -%}
+                            {%- set found.used = found.used + [loop.index0] -%}
+                            {%- set found.is_answered = true -%}
                         {%- endif -%}
                     {%- endfor -%}
-                    {%- set found.call_keys = found.call_keys + [key] -%}
                 {%- endfor -%}
             {%- endfor -%}
             {%- if found.ordered | length != found.results | length -%}

@@ -20,6 +20,8 @@ import hashlib
 import itertools
 import json
 import logging
+import math
+import os
 import re
 import shlex
 import sys
@@ -59,6 +61,12 @@ THINK_INSTRUCTION = (
 )
 
 
+def dataset_name(text: str) -> str:
+    if text.strip():
+        return text
+    raise argparse.ArgumentTypeError("must be a file, a folder or a Hub id, not an empty text")
+
+
 def share(text: str) -> float:
     with contextlib.suppress(ValueError):
         if 0 < float(text) < 1:
@@ -78,6 +86,7 @@ def build_parser() -> argparse.ArgumentParser:
     data = parser.add_argument_group("data")
     data.add_argument(
         "--dataset",
+        type=dataset_name,
         default=DEFAULT_DATASET,
         help="Rows to convert: a .json, .jsonl, .jsonl.gz or .parquet file, a folder of such "
         "files, or the id of a dataset on the Hub (default: %(default)s).",
@@ -106,6 +115,7 @@ def build_parser() -> argparse.ArgumentParser:
     split = parser.add_argument_group("train and test split")
     split.add_argument(
         "--test-dataset",
+        type=dataset_name,
         help="Your own test set: a file, a Hub id, or the name of a split of --dataset. All rows "
         "of --dataset are then used for training (default: draw a random test split).",
     )
@@ -164,25 +174,33 @@ ROW_SUFFIXES = [".json", ".jsonl", ".gz", ".parquet"]  # those that read_file re
 FILE_SUFFIXES = [*ROW_SUFFIXES, ".csv", ".tsv", ".txt"]
 
 
+def suffix_of(path: Path | str) -> str:
+    return Path(path).suffix.lower()
+
+
+# os.path answers False where Path raises an error, for example for a name that is too long.
 def is_data_file(name: str) -> bool:
-    path = Path(name)
-    return path.is_file() or (path.suffix in FILE_SUFFIXES and not path.is_dir())
+    is_named_like_one = suffix_of(name) in FILE_SUFFIXES
+    return os.path.isfile(name) or (is_named_like_one and not os.path.isdir(name))
 
 
 def is_local(name: str) -> bool:
-    return is_data_file(name) or Path(name).is_dir()
+    return is_data_file(name) or os.path.isdir(name)
 
 
 def read_file(path: Path, data: bytes) -> list:
     """Return the rows of a .json, .jsonl, .jsonl.gz or .parquet file, whose content is `data`."""
-    if path.suffix == ".parquet":
+    if suffix_of(path) == ".parquet":
         import datasets
 
         return list(datasets.Dataset.from_parquet(str(path)))
     try:
-        text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8-sig")
+        text = (gzip.decompress(data) if suffix_of(path) == ".gz" else data).decode("utf-8-sig")
     except UnicodeDecodeError:
-        raise ValueError("the file is not UTF-8 text. Save it as UTF-8.") from None
+        raise ValueError(
+            "the file is not UTF-8 text. Save it as UTF-8. If it is compressed or binary, convert "
+            "it to .jsonl, .jsonl.gz or .parquet."
+        ) from None
     rows = parse_json_values(text)
     return rows[0] if len(rows) == 1 and isinstance(rows[0], list) else rows
 
@@ -226,7 +244,7 @@ def load_rows(
         data = Path(name).read_bytes()
         return read_file(Path(name), data), "sha256:" + hashlib.sha256(data).hexdigest()
     builder = datasets.load_dataset_builder(name, config, revision=revision)
-    if Path(name).is_dir():
+    if os.path.isdir(name):
         return load_folder(Path(name), builder, split), builder.hash
     builder.download_and_prepare()
     if split is None:
@@ -245,7 +263,7 @@ def load_folder(folder: Path, builder: DatasetBuilder, split: str | None) -> lis
     paths = files[split_name]
     print_files(folder, paths)
     # Arrow would need the same columns in all files, and would fill in nulls.
-    if split == split_name and all(path.suffix in ROW_SUFFIXES for path in paths):
+    if split == split_name and all(suffix_of(path) in ROW_SUFFIXES for path in paths):
         return [row for path in paths for row in read_file_of(folder, path)]
     builder.download_and_prepare()
     return list(builder.as_dataset(split=split))
@@ -262,7 +280,7 @@ def read_file_of(folder: Path, path: Path) -> list:
 def print_files(folder: Path, read: list[Path]) -> None:
     """Print which files of a folder are read, and which are not."""
     folder_path = folder.resolve()
-    files = sorted(path for path in folder_path.rglob("*") if path.suffix in FILE_SUFFIXES)
+    files = sorted(path for path in folder_path.rglob("*") if suffix_of(path) in FILE_SUFFIXES)
     not_read = [path for path in files if path not in read]
     for title, paths in {"Read": sorted(read), "Not read": not_read}.items():
         if paths:
@@ -415,6 +433,15 @@ def drop_nulls(value: Any) -> Any:
     return [drop_nulls(item) for item in value] if isinstance(value, list) else value
 
 
+def drop_missing(mapping: dict) -> dict:
+    """Leave out the keys without a value: null or, in rows that pandas wrote, NaN."""
+
+    def is_missing(value: Any) -> bool:
+        return value is None or (isinstance(value, float) and math.isnan(value))
+
+    return {key: value for key, value in mapping.items() if not is_missing(value)}
+
+
 def take(mapping: dict, *keys: str) -> Any:
     """Remove the first of the keys that has a value, and return its value, or None.
 
@@ -493,12 +520,17 @@ def find_tool_blocks(prompt: str) -> list[str]:
 
 
 def shows_tools(prompt: str, names: list[str | None]) -> bool:
-    """Return whether a <tools> block of the prompt names one of the tools.
+    """Return whether the <tools> blocks of the prompt contain the names of all tools.
 
-    A text that only mentions the tags is not enough.
+    A text that only mentions the tags, or that shows other tools, is not enough.
     """
-    blocks = find_tool_blocks(prompt)
-    return any(name and name in block for name in names for block in blocks)
+    shown = "\n".join(find_tool_blocks(prompt))
+    return bool(names) and all(name and contains_name(shown, name) for name in names)
+
+
+def contains_name(text: str, name: str) -> bool:
+    """Return whether a text contains a name that is not a part of a longer name."""
+    return re.search(f"(?<![A-Za-z0-9_-]){re.escape(name)}(?![A-Za-z0-9_-])", text) is not None
 
 
 def read_declarations(sources: list) -> tuple[list[dict], int]:
@@ -593,7 +625,7 @@ def read_call(call: Any, keep_nulls: bool, notices: Counter) -> dict:
     call = parse_nested(call)
     if not isinstance(call, dict):
         raise ValueError("a call that is not an object with a name and arguments")
-    call = {key: value for key, value in call.items() if value is not None}
+    call = drop_missing(call)
     kind = call.pop("type", "function")
     if kind not in CALL_TYPES:
         raise ValueError(f"a call of the unsupported type {to_json(kind)}")
@@ -604,7 +636,7 @@ def read_call(call: Any, keep_nulls: bool, notices: Counter) -> dict:
     function = parse_nested(function)
     if not isinstance(function, dict):
         raise ValueError("a call whose function is not an object")
-    function = {key: value for key, value in function.items() if value is not None}
+    function = drop_missing(function)
     name = take(function, "name") or take(call, "name")
     if not isinstance(name, str) or not name.strip():
         raise ValueError("a call without a name")
@@ -754,11 +786,11 @@ def take_thoughts(message: dict) -> list[str]:
 
 def write_thoughts(thoughts: list[str], text: str) -> str:
     """Write the thoughts before a turn's text, unless a <think> block contains them already."""
+    written = "\n".join(piece.split("</think>")[0] for piece in text.split("<think>")[1:])
     new = []
     for thought in thoughts:
         thought = thought.replace("<think>", "").replace("</think>", "").strip()
-        is_written = "<think>" in text and thought in text
-        if thought and not is_written and thought not in new:
+        if thought and thought not in written and thought not in new:
             new.append(thought)
     if not new:
         return text
@@ -793,12 +825,10 @@ def read_assistant_message(message: dict, is_call_turn: bool, notices: Counter) 
         more = read_calls(more, notices)
         if not tool_calls:
             tool_calls = more
-        elif render_calls(tool_calls) != render_calls(more):
+        elif not are_same_calls(tool_calls, more):
             raise ValueError(f'a turn whose "{key}" differs from its other calls')
-    if contains_calls(text) and tool_calls:
-        if not has_same_calls(text, tool_calls):
-            raise ValueError("a turn whose text and tool_calls contain different calls")
-        tool_calls = []
+    if contains_calls(text) and tool_calls and not has_same_calls(text, tool_calls):
+        raise ValueError("a turn whose text and tool_calls contain different calls")
     return {"content": text, "tool_calls": tool_calls}
 
 
@@ -813,11 +843,16 @@ def has_same_calls(text: str, calls: list[dict]) -> bool:
         in_text = [read_call(block, True, Counter()) for block in find_call_blocks(text)]
     except (TypeError, ValueError, RecursionError):
         return False
-    return [get_name_and_arguments(c) for c in in_text] == list(map(get_name_and_arguments, calls))
+    return are_same_calls(in_text, calls)
 
 
-def get_name_and_arguments(call: dict) -> tuple[str, dict]:
-    return call["name"], drop_nulls(json.loads(call["arguments"]))
+def are_same_calls(calls: list[dict], others: list[dict]) -> bool:
+    """Return whether two lists have the same calls, apart from ids, spacing and nulls."""
+
+    def comparable(call: dict) -> tuple[str, Any]:
+        return call["name"], drop_nulls(json.loads(call["arguments"]))
+
+    return list(map(comparable, calls)) == list(map(comparable, others))
 
 
 def normalize_message(message: Any, notices: Counter) -> dict:
@@ -828,7 +863,7 @@ def normalize_message(message: Any, notices: Counter) -> dict:
     """
     if not isinstance(message, dict):
         raise ValueError("a turn that is not an object with a role")
-    message = {key: value for key, value in message.items() if value is not None}
+    message = drop_missing(message)
     if "parts" in message:
         raise ValueError('Gemini\'s "parts" are not supported')
     spelled = take(message, "role", "from")
@@ -847,7 +882,7 @@ def normalize_message(message: Any, notices: Counter) -> dict:
         normalized["train"] = may_carry_loss
     elif role == "tool":
         normalized["tool_call_id"] = take(message, "tool_call_id", "call_id")
-        normalized["name"] = take(message, "name")
+        normalized["name"] = take(message, "name", "tool_name")
         normalized["content"] = read_result(take(message, "content", "value"), notices)
     else:
         normalized["content"], thoughts = read_text(take(message, "content", "value"), notices)
@@ -907,18 +942,28 @@ def read_glaive(row: dict) -> list:
 
 
 def split_glaive_system(text: str) -> tuple[str, list[dict]]:
-    """Return (system text without the tools, tools). A tool is a JSON object with a name."""
+    """Return (system text without the tools, tools).
+
+    A tool is a JSON object with a name, and with a description or parameters.
+    """
     tools = []
     pieces = []
     position = 0
     for start, end, value in find_json(text):
         found = value if isinstance(value, list) else [value]
-        if all(isinstance(tool, dict) and None not in get_names(tool) for tool in found):
+        if all(isinstance(tool, dict) and is_tool(tool) for tool in found):
             tools += found
             pieces.append(text[position:start].rstrip())
             position = end
     pieces.append(text[position:])
     return "".join(pieces).strip(), tools
+
+
+def is_tool(value: dict) -> bool:
+    declaration = value.get("function", value)
+    return None not in get_names(value) and (
+        "description" in declaration or "parameters" in declaration
+    )
 
 
 def read_glaive_call(text: str) -> dict:
@@ -963,7 +1008,7 @@ def read_messages(row: dict) -> list:
     for keys, _ in LAYOUTS.values():
         if all(key in row for key in keys):
             raise ValueError(f'an empty "{keys[0]}"')
-    keys = ", ".join(map(str, row)) or "only an id"
+    keys = ", ".join(map(to_json, row)) or "only an id"
     raise ValueError(f"the keys of the row match no supported layout: {keys}")
 
 
@@ -983,7 +1028,7 @@ def normalize_row(row: Any, notices: Counter) -> Conversation:
     """Read a row of any layout. Raises ValueError if it cannot be converted."""
     if not isinstance(row, dict):
         raise ValueError('a row that is not an object such as {"messages": [...]}')
-    row = {key: value for key, value in row.items() if value is not None}
+    row = drop_missing(row)
     row_id = take(row, "id")
     messages = [normalize_message(message, notices) for message in read_messages(row)]
     for key in SYSTEM_KEYS:
@@ -1015,13 +1060,25 @@ def get_system_text(messages: list[dict]) -> str:
 
 
 def order_results(results: list[dict], calls: list[dict], notices: Counter) -> list[dict]:
-    """Return tool messages in the order of their calls, which they name by id or by name."""
+    """Return tool messages in the order of their calls, which they name by id or by name.
+
+    Of several results with the same name, the first belongs to the first call with this name.
+    """
     for call_key, result_key in (("id", "tool_call_id"), ("name", "name")):
-        keys = [str(call[call_key]) for call in calls if call[call_key] is not None]
-        if all(str(result[result_key]) in keys for result in results):
-            return sorted(results, key=lambda result: keys.index(str(result[result_key])))
-    num_lost = sum(result["tool_call_id"] is not None for result in results)
-    if num_lost:
+        ordered = []
+        rest = list(results)
+        for call in calls:
+            key = call[call_key]
+            for result in rest:
+                if key is not None and str(result[result_key]) == str(key):
+                    ordered.append(result)
+                    rest.remove(result)
+                    break
+        if not rest:
+            return ordered
+    ids = {str(call["id"]) for call in calls}
+    given = [result["tool_call_id"] for result in results if result["tool_call_id"] is not None]
+    if num_lost := sum(str(result_id) not in ids for result_id in given):
         notices["noticed", "results whose tool_call_id matches no call"] += num_lost
     return results
 
@@ -1030,7 +1087,10 @@ def render_assistant(messages: list[dict]) -> dict:
     """Join the messages of an assistant's turn, texts by a blank line, calls by a line break."""
     joined = ""
     for message in messages:
-        for text in (message["content"], render_calls(message["tool_calls"])):
+        pieces = [message["content"]]
+        if not contains_calls(message["content"]):
+            pieces.append(render_calls(message["tool_calls"]))
+        for text in pieces:
             if not text.strip():
                 continue
             separator = "\n" if text.startswith("<tool_call>") else "\n\n"
@@ -1223,7 +1283,14 @@ def inspect_record(record: dict, notices: Counter) -> None:
 
 
 MAX_REASONS = 10  # number of reasons printed for each kind
+MAX_REASON_LENGTH = 300  # characters
 ENOUGH_TEST_CALLS = 50  # for confidence intervals that are narrow enough to compare two runs
+
+
+def shorten(reason: str) -> str:
+    """Make what may quote a row fit on a line, and replace halves of surrogate pairs."""
+    line = " ".join(reason.encode(errors="replace").decode().split())
+    return line if len(line) <= MAX_REASON_LENGTH else line[:MAX_REASON_LENGTH] + "..."
 
 
 class Report:
@@ -1241,10 +1308,10 @@ class Report:
     def add(
         self, kind: str, reason: str, row_number: int, count: int = 1, unread: list | None = None
     ) -> None:
-        reason = reason.encode(errors="replace").decode()  # without halves of surrogate pairs
+        reason = shorten(reason)
         start = {"count": 0, "rows": 0, "first_row": row_number}
         if unread:
-            start["unread_in_first_row"] = unread
+            start["unread_in_first_row"] = list(map(shorten, unread))
         entry = self.found[kind].setdefault(reason, start)
         entry["count"] += count
         entry["rows"] += 1
@@ -1373,7 +1440,10 @@ def describe_split(records: list[dict]) -> dict[str, int]:
 
 
 def write_splits(splits: dict[str, list[Converted]], info: dict, folder: Path) -> None:
-    """Write the two splits and dataset_info.json or, if one cannot be written, nothing."""
+    """Write the two splits and dataset_info.json.
+
+    Earlier versions are replaced only after all three have been written.
+    """
     texts = {}
     for name, items in splits.items():
         records = [item.record for item in items]
@@ -1391,6 +1461,9 @@ def write_splits(splits: dict[str, list[Converted]], info: dict, folder: Path) -
         for name in texts:
             (folder / f"{name}.tmp").replace(folder / name)
     except OSError as error:
+        with contextlib.suppress(OSError):
+            for name in texts:
+                (folder / f"{name}.tmp").unlink(missing_ok=True)
         fail(
             f"cannot write to --output-dir {folder} ({error.strerror}). Choose another "
             "folder, or free some disk space."

@@ -91,6 +91,10 @@ def test_a_thought_is_written_once_before_the_text():
     assert texts(ASK, {**ANSWER, **thought})[1] == "<think>Result: 9.</think>\n9 metres."
     written = {"role": "assistant", "content": "<think>Result: 9.</think>9 metres."}
     assert texts(ASK, {**written, **thought})[1] == written["content"]
+    thought = {"reasoning_content": "9 metres."}  # in the answer, but in no <think> block
+    assert (
+        texts(ASK, {**written, **thought})[1] == "<think>9 metres.</think>\n" + written["content"]
+    )
     turn = {"from": "function_call", "value": '<think>\nLook.\n</think>\n{"name": "f"}'}
     said, _ = convert({"conversations": [{"from": "human", "value": "Hi"}, turn]})
     assert said[1] == "<think>\nLook.\n</think>\n" + call(name="f", spelled="{}")
@@ -127,6 +131,7 @@ MENTIONS = [
     "A line without an opening: </tools>",
     "They look like this: <tools>[...]</tools>",
     '<tools>[{"name": "another"}]</tools>',
+    '<tools>[{"name": "depth_chart", "in-depth": "depths"}]</tools>',
 ]
 
 
@@ -143,6 +148,12 @@ def test_tools_that_the_prompt_already_shows_are_not_written_again(block):
     system = {"role": "system", "content": f"<tools>{block}</tools>"}
     said = texts(system, ASK, ANSWER, tools=[TOOL])[0]
     assert said == f"<tools>{block}</tools>\n\nHow deep is Ulm?"
+
+
+def test_tools_are_written_again_if_the_prompt_shows_only_some_of_them():
+    tools = [TOOL, make_tool("tide", "port")]
+    system = {"role": "system", "content": f"<tools>{json.dumps([TOOL])}</tools>"}
+    assert json.dumps(tools) in texts(system, ASK, ANSWER, tools=tools)[0]
 
 
 def test_tools_that_the_prompt_lists_one_per_line_are_read():
@@ -261,6 +272,11 @@ def test_arguments_in_json_text_are_written_without_unicode_escapes(spelled, exp
     assert texts(ASK, calls({"function": function}))[1] == call(spelled=expected)
 
 
+def test_the_same_call_in_two_fields_may_be_spelled_differently():
+    old = {"name": "depth", "arguments": '{"port":"Ulm"}'}
+    assert texts(ASK, calls(tool_call(), function_call=old))[1] == call()
+
+
 def test_a_call_in_both_the_text_and_the_fields_is_written_once():
     text = {"content": "I look.\n" + call()}
     assert texts(ASK, calls(tool_call(), **text))[1] == "I look.\n" + call()
@@ -315,6 +331,16 @@ def test_calls_and_keys_that_are_null_are_ignored():
     assert texts(ASK, {**ANSWER, **filled})[1] == "9 metres."
     custom = {**tool_call(), "custom": {"name": None, "input": None}}
     assert texts(ASK, calls(custom))[1] == call()
+
+
+def test_a_missing_value_may_be_nan():
+    """Python's json writes NaN for the missing values of a pandas table."""
+    nan = float("nan")
+    asked = {**calls({**tool_call(), "function_call": nan}), "name": nan, "thinking": nan}
+    row = row_of(ASK, asked, {**tool("9"), "name": nan}, ANSWER, id=nan, tools=nan, system=nan)
+    assert convert(row) == convert(row_of(ASK, calls(tool_call()), tool("9"), ANSWER))
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        texts(ASK, calls({"name": "f", "arguments": {"x": nan}}))
 
 
 def test_nulls_in_json_text_are_kept():
@@ -405,8 +431,30 @@ def test_results_follow_the_order_of_their_calls():
     results = [{"role": "tool", "name": "g", "content": "2"}, {"role": "tool", "name": "f"}]
     results[1]["content"] = "9"
     assert texts(ASK, calls(*named), *results, ANSWER)[2] == in_order
+    results[0]["tool_name"] = results[0].pop("name")  # Ollama
+    assert texts(ASK, calls(*named), *results, ANSWER)[2] == in_order
     _, notices = convert(row_of(ASK, calls(tool_call("Ulm", "a")), tool("9", "b"), ANSWER))
     assert notices["noticed", "results whose tool_call_id matches no call"] == 1
+
+
+@pytest.mark.parametrize("given", ["fgf", "gff", "ffg"])
+def test_results_with_the_same_name_or_id_are_in_the_order_of_their_calls(given):
+    for key, result_key in (("name", "name"), ("id", "tool_call_id")):
+        asked = [{"name": "f", key: value} for value in "fgf"]
+        numbers = {"f": iter("13"), "g": iter("2")}
+        results = [
+            {"role": "tool", result_key: value, "content": next(numbers[value])} for value in given
+        ]
+        said = texts(ASK, calls(*asked), *results, ANSWER)
+        assert said[2] == "\n".join(map(result, "123"))
+
+
+def test_results_follow_the_ids_of_calls_that_are_also_in_the_text():
+    in_text = call("Ulm") + "\n" + call("Kiel")
+    asked = calls(tool_call("Ulm", "a"), tool_call("Kiel", "b"), content=in_text)
+    said, notices = convert(row_of(ASK, asked, tool("2", "b"), tool("9", "a"), ANSWER))
+    assert said[1:3] == [in_text, result("9") + "\n" + result("2")]
+    assert not any("tool_call_id" in reason for _, reason in notices)
 
 
 @given(st.data())
@@ -517,6 +565,14 @@ def test_only_the_tools_are_removed_from_the_system_text_of_a_raw_glaive_row():
     record = prepare.convert_row({"system": system, "chat": chat, "tools": "[]"})
     assert record["messages"][0]["content"].startswith('Answer as {"answer": 1}. {brace}\n\n')
     assert json.loads(record["tools"]) == [TOOL, make_tool("f", "x")]
+
+
+def test_an_object_with_only_a_name_is_not_a_tool_of_a_raw_glaive_row():
+    chat = "USER: Hi\n\n\nASSISTANT: Hello <|endoftext|>"
+    system = 'The user is {"name": "Ada", "age": 36}.\n' + json.dumps(TOOL)
+    record = prepare.convert_row({"system": system, "chat": chat})
+    assert record["messages"][0]["content"].startswith('The user is {"name": "Ada", "age": 36}.')
+    assert json.loads(record["tools"]) == [TOOL]
 
 
 HUGE = [
@@ -768,11 +824,13 @@ def test_the_user_can_pass_a_test_set(tmp_path, capsys, monkeypatch):
     folder.mkdir()
     train.rename(folder / "train.jsonl")
     test.rename(folder / "validation.jsonl")
+    (folder / "MORE.JSONL").touch()
     capsys.readouterr()
     for options in (["--test-dataset", "validation"], ["--test-dataset", folder]):
         records, _ = run(folder, tmp_path / "out", *options)
         assert len(records["train"]) == 3
-    names = f"train.jsonl of {folder}\nNot read    validation.jsonl of {folder}\n"
+    not_read = "MORE.JSONL, validation.jsonl"
+    names = f"train.jsonl of {folder}\nNot read    {not_read} of {folder}\n"
     assert capsys.readouterr().out.startswith(f"Read        {names}")
     assert [record["id"] for record in records["test"]] == ["1", "2", "3"]
 
@@ -816,6 +874,7 @@ def test_an_error_in_a_folder_names_the_file(name, content, options, words, tmp_
 BAD_TESTS = [
     (["--test-dataset", "validation"], "is a file without splits"),
     (["--test-dataset", "absent.jsonl"], "absent.jsonl: no such file"),
+    (["--test-dataset", "a" * 300 + ".jsonl"], "aaa.jsonl: File name too long"),
     (["--test-size", "0.999"], "too few rows .3. to draw a test split"),
 ]
 
@@ -826,6 +885,17 @@ def test_a_test_set_that_cannot_be_loaded_prints_one_line(options, words, tmp_pa
     with pytest.raises(SystemExit, match=f"^error: [^\n]*{words}[^\n]*$"):
         run(source, tmp_path / "out", *options)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("flag", ["--dataset", "--test-dataset"])
+def test_an_empty_name_of_a_dataset_is_refused(flag, capsys):
+    """It would be an unset variable of the shell, and an empty test set would be ignored."""
+    with pytest.raises(SystemExit):
+        prepare.parse_args([flag, ""])
+    assert (
+        f"{flag}: must be a file, a folder or a Hub id, not an empty text"
+        in capsys.readouterr().err
+    )
 
 
 def test_options_without_effect_are_refused(capsys):

@@ -201,10 +201,12 @@ def test_all_file_formats_and_a_folder_give_the_same_splits(tmp_path, monkeypatc
     (tmp_path / "pretty.jsonl").write_text(pretty)
     folder = tmp_path / "folder"
     folder.mkdir()
-    for path in (tmp_path / "rows.parquet", folder / "validation.parquet"):
+    (tmp_path / "ROWS.JSONL.GZ").write_bytes(gzip.compress(data))
+    parquet = (tmp_path / "rows.parquet", tmp_path / "ROWS.PARQUET", folder / "validation.parquet")
+    for path in parquet:
         datasets.Dataset.from_list(rows).to_parquet(str(path))
     files = [tmp_path / f"rows.{kind}" for kind in ("jsonl", "jsonl.gz", "json", "parquet")]
-    files.append(tmp_path / "pretty.jsonl")
+    files += [tmp_path / name for name in ("pretty.jsonl", "ROWS.JSONL.GZ", "ROWS.PARQUET")]
     runs = [run(file, tmp_path / "out")[0] for file in files]
     options = ["--config", "default", "--split", "validation"]
     runs.append(run(folder, tmp_path / "out", *options)[0])
@@ -261,6 +263,12 @@ UNREADABLE = [
         'an empty turn with role user .not read: key "contents" of a message with role user',
     ),
     ("rows.jsonl", json.dumps(turns(HI, HELLO)), "too few rows .1.*more rows"),
+    (
+        "rows.jsonl",
+        json.dumps({"key\n" * 9999: 1}),
+        'no supported layout: "key.{,300}[.]{3}[.] Supp',
+    ),
+    ("rows.jsonl.zst", b"\x28\xb5\x2f\xfd", "not UTF-8 text.* compressed or binary"),
     ("absent.jsonl", None, "no such file"),
     ("", None, "any data file"),  # a folder without data files
 ]
@@ -274,7 +282,7 @@ def test_unreadable_input_prints_one_line_and_changes_no_files(tmp_path, name, c
     run(write_rows(tmp_path / "rows.jsonl", [turns(HI, HELLO)] * 5), out)
     before = {path.name: path.read_bytes() for path in out.iterdir()}
     if content:
-        source.write_text(content)
+        source.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(SystemExit, match=f"^error: [^\n]*{words}[^\n]*$"):
         prepare.main(["--dataset", str(source), "--output-dir", str(out)])
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
@@ -323,7 +331,7 @@ def test_unwritable_output_prints_one_line_and_leaves_no_split(tmp_path):
     (tmp_path / "out/function_calling_test.jsonl.tmp").mkdir(parents=True)
     with pytest.raises(SystemExit, match="^error: .*Is a directory"):
         run(rows, tmp_path / "out")
-    assert len(list((tmp_path / "out").glob("*.jsonl"))) == 0
+    assert not [path for path in (tmp_path / "out").iterdir() if path.is_file()]
 
 
 def test_the_summary_warns_if_tools_are_declared_but_never_called(tmp_path, capsys):

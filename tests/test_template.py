@@ -82,6 +82,12 @@ LOOK = {"reasoning_content": " I look. "}
 ESCAPED = {"name": "f", "arguments": r'{"a": "\u00e9\ud83d\ude00\\u00e9\u0022\u001f\ud800"}'}
 TWO = {"role": "assistant", "content": None, "tool_calls": []}
 TWO["tool_calls"] = [{"id": id, "function": {**OBJECT, "name": f"f{id}"}} for id in (7, "b")]
+FGF = {**TWO, "tool_calls": [{"id": x, "function": {**OBJECT, "name": x}} for x in "fgf"]}
+IN_TEXT = [
+    f"<tool_call>\n{json.dumps(call['function'])}\n</tool_call>" for call in FGF["tool_calls"]
+]
+FGF_IN_TEXT = {**FGF, "content": "".join(IN_TEXT)}
+LONGER = {"role": "system", "content": "<tools> get_weather_map, f-1 </tools>"}
 MENTION = {"role": "system", "content": "Within <tools></tools>, or <tools> and </tools>."}
 CONVERSATIONS = [
     [HI, {**model("", OBJECT), **LOOK}, result({"a": None, "b": [0]}), {**HELLO, **LOOK}],
@@ -92,6 +98,11 @@ CONVERSATIONS = [
     [HI, TWO, {**result("2"), "tool_call_id": "b"}, {**result("1"), "tool_call_id": "7"}, HELLO],
     [HI, TWO, {**result("2"), "name": "fb"}, {**result("1"), "name": "f7"}, HELLO],
     [HI, TWO, {**result("2"), "tool_call_id": "b"}, {**result("1"), "tool_call_id": "b"}, HELLO],
+    [HI, FGF, *[{**result(x), "tool_call_id": id} for x, id in ("2g", "1f", "3f")], HELLO],
+    [HI, FGF, *[{"role": "tool", "tool_name": id, "content": x} for x, id in ("2g", "1f", "3f")]],
+    [HI, FGF_IN_TEXT, *[{**result(x), "tool_call_id": id} for x, id in ("2g", "1f", "3f")], HELLO],
+    [HI, {**HELLO, "content": "<think>So.</think> A. B", "reasoning": "A.", "thinking": "So."}],
+    [LONGER, HI, HELLO],
     [HI, {"role": "assistant", "content": "So", "function_call": OBJECT}, HI, HELLO],
     [HI, TWO, {"role": "function", "name": "get_weather", "content": "1"}, HELLO],
     [HI, {"role": "assistant", "tool_calls": [{"name": "f", "args": {"a": 1}}]}],
@@ -273,6 +284,6 @@ def test_labels_of_real_rows_are_exactly_the_model_turns():
 def test_the_template_avoids_what_other_engines_read_differently():
     """llama.cpp finds methods of dicts in namespaces, and MiniJinja cannot index a split text."""
     names = set(re.findall(r"\b(?:found|written)\.(\w+)", train.CHAT_TEMPLATE))
-    assert "call_keys" in names and not names & set(dir(dict))
+    assert "is_answered" in names and not names & set(dir(dict))
     assert ".split(" in train.CHAT_TEMPLATE
     assert not re.search(r"\.split\([^()]*\)\[", train.CHAT_TEMPLATE)
