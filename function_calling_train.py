@@ -229,8 +229,8 @@ CHAT_TEMPLATE = r"""
 
 {{- bos_token -}}
 {%- set found = namespace(system='', tools=tools, is_start=true, has_asked=false, text='',
-    calls=[], results=[], ordered=[], used=[], is_answered=false, shown='\n', shows_tools=true,
-    carries_loss=true) -%}
+    calls=[], results=[], ordered=[], matched=[], used=[], is_answered=false, shown='\n',
+    shows_tools=true, carries_loss=true) -%}
 {%- for message in messages -%}
     {%- set role = role_of(message) -%}
     {%- set ends_turn = loop.last or role_of(messages[loop.index]) != role -%}
@@ -293,9 +293,10 @@ CHAT_TEMPLATE = r"""
     {%- else -%}
         {%- set found.results = found.results + [message] -%}
         {%- if ends_turn -%}
-            {#- in the order of their calls, by id or else by name #}
-            {%- for use_id in [true, false] if found.ordered | length != found.results | length -%}
-                {%- set found.ordered = [] -%}
+            {#- in the order of their calls, by name or, if all ids match, by id #}
+            {%- set found.ordered = found.results -%}
+            {%- for use_id in [false, true] -%}
+                {%- set found.matched = [] -%}
                 {%- set found.used = [] -%}
                 {%- for call in found.calls -%}
                     {%- set key = call.id if use_id else (call.function or call).name -%}
@@ -306,16 +307,16 @@ CHAT_TEMPLATE = r"""
                         {%- if not found.is_answered and loop.index0 not in found.used
                                 and named is defined and named is not none
                                 and named ~ '' == key ~ '' -%}
-                            {%- set found.ordered = found.ordered + [result] -%}
+                            {%- set found.matched = found.matched + [result] -%}
                             {%- set found.used = found.used + [loop.index0] -%}
                             {%- set found.is_answered = true -%}
                         {%- endif -%}
                     {%- endfor -%}
                 {%- endfor -%}
+                {%- if found.matched | length == found.results | length -%}
+                    {%- set found.ordered = found.matched -%}
+                {%- endif -%}
             {%- endfor -%}
-            {%- if found.ordered | length != found.results | length -%}
-                {%- set found.ordered = found.results -%}
-            {%- endif -%}
             {%- for result in found.ordered -%}
                 {%- set found.text = found.text + ('' if loop.first else '\n')
                     + result_of(result.content) -%}
@@ -323,7 +324,6 @@ CHAT_TEMPLATE = r"""
             {{- '<start_of_turn>user\n' + plain(found.text) + '<end_of_turn>\n' -}}
             {%- set found.text = '' -%}
             {%- set found.results = [] -%}
-            {%- set found.ordered = [] -%}
         {%- endif -%}
     {%- endif -%}
     {%- if ends_turn and role != 'assistant' -%}

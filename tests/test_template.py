@@ -287,3 +287,7 @@ def test_the_template_avoids_what_other_engines_read_differently():
     assert "is_answered" in names and not names & set(dir(dict))
     assert ".split(" in train.CHAT_TEMPLATE
     assert not re.search(r"\.split\([^()]*\)\[", train.CHAT_TEMPLATE)
+    # MiniJinja filters the items of a loop before the first pass, Jinja2 during the loop.
+    loops = re.findall(r"\{%- for (.*?) -%\}", train.CHAT_TEMPLATE, re.DOTALL)
+    conditions = [loop.rpartition(" if ")[2] for loop in loops if " if " in loop]
+    assert len(conditions) > 4 and not [text for text in conditions if "found." in text]
