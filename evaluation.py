@@ -2032,6 +2032,7 @@ def run(args: argparse.Namespace, argv: list[str]) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
+    sys.stdout.reconfigure(errors="backslashreplace")  # on Windows, a file may not be UTF-8
     args = parse_args(argv)
     logging.disable(logging.WARNING)  # library warnings are hidden; errors end in one line below
     warnings.simplefilter("ignore")

@@ -999,6 +999,11 @@ def read_messages(row: dict) -> list:
     for keys, read_layout in LAYOUTS.values():
         if all(key in row for key in keys) and has_content(row[keys[0]]):
             messages = read_layout(row)
+            if isinstance(messages, dict):
+                raise ValueError(
+                    f'an object instead of a list of turns in "{keys[0]}". With pandas, save rows '
+                    'by df.to_json(path, orient="records", lines=True).'
+                )
             if not isinstance(messages, list):
                 raise ValueError(f'no list of turns in "{keys[0]}"')
             return messages
@@ -1586,6 +1591,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
+    sys.stdout.reconfigure(errors="backslashreplace")  # on Windows, a file may not be UTF-8
     args = parse_args(argv)
     logging.disable()  # explain_load_error reports the errors of libraries
     warnings.simplefilter("ignore")

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -443,7 +444,9 @@ def run_without_torch(*arguments, cwd):
         f"evaluation.main({arguments!r});"
         "assert not {'torch', 'transformers'} & set(sys.modules)"
     )
-    process = subprocess.run([sys.executable, "-c", code], cwd=cwd, capture_output=True, text=True)
+    ascii_output = {**os.environ, "PYTHONIOENCODING": "ascii"}  # text must not end the program
+    command = [sys.executable, "-c", code]
+    process = subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=ascii_output)
     assert process.returncode == 0, process.stderr
     return process.stdout
 
@@ -495,7 +498,7 @@ def test_predictions_from_a_server_are_scored_without_importing_torch(tmp_path, 
     function = {"name": "get_weather_0", "arguments": '{"city": "Paris"}'}
     right_call = {"output": None, "tool_calls": [{"function": function}]}
     rows = [
-        {"conversation_id": "id-1", "turn": 1, "output": "<tool_call>", "finish_reason": "length"},
+        {"conversation_id": "id-1", "turn": 1, "output": "<tool_call>é", "finish_reason": "length"},
         {"conversation_id": "id-1", "turn": 3, "output": "\ud800", "score": 0.9},
         {"conversation_id": "id-0", "turn": 1, **right_call, "finish_reason": "tool_calls"},
         {"conversation_id": "id-0", "turn": 3, "output": "It is 0 degrees in Paris."},
@@ -511,7 +514,9 @@ def test_predictions_from_a_server_are_scored_without_importing_torch(tmp_path, 
     assert metrics["failures"] == {"truncated": 1}
     assert run_without_torch(*arguments, "--rescore", cwd=tmp_path) == printed
     printed = run_without_torch(*arguments, "--show-failures", "3", cwd=tmp_path)
-    assert "truncated: conversation id-1, turn 1" in printed and "OUTPUT\n<tool_call>" in printed
+    assert (
+        "truncated: conversation id-1, turn 1" in printed and "OUTPUT\n<tool_call>\\xe9" in printed
+    )
 
 
 def test_failures_are_grouped_by_class_and_show_the_last_user_message(tmp_path, capsys):

@@ -2,7 +2,9 @@
 
 import gzip
 import hashlib
+import io
 import json
+import sys
 from collections import Counter
 
 import datasets
@@ -269,6 +271,11 @@ UNREADABLE = [
         'no supported layout: "key.{,300}[.]{3}[.] Supp',
     ),
     ("rows.jsonl.zst", b"\x28\xb5\x2f\xfd", "not UTF-8 text.* compressed or binary"),
+    (
+        "rows.json",
+        json.dumps({"messages": {"0": [{"role": "user"}]}}),
+        "an object .*With pandas, save",
+    ),
     ("absent.jsonl", None, "no such file"),
     ("", None, "any data file"),  # a folder without data files
 ]
@@ -317,6 +324,15 @@ def test_a_key_that_is_not_valid_unicode_is_reported(tmp_path, capsys):
     rows = [turns(HI, HELLO) | {"\ud800": 1}] * 5
     run(write_rows(tmp_path / "rows.jsonl", rows), tmp_path / "out")
     assert 'unread    5: key "?" of a row' in capsys.readouterr().out
+
+
+def test_text_that_the_output_cannot_encode_is_escaped(tmp_path, monkeypatch):
+    """On Windows, Python writes to files and pipes in the code page of the system."""
+    rows = write_rows(tmp_path / "rows.jsonl", [turns(HI, HELLO) | {"工具": 1}] * 5)
+    output = io.TextIOWrapper(io.BytesIO(), "cp1252", write_through=True)
+    monkeypatch.setattr(sys, "stdout", output)
+    run(rows, tmp_path / "out")
+    assert rb'unread    5: key "\u5de5\u5177" of a row' in output.buffer.getvalue()
 
 
 def test_an_empty_test_split_prints_one_line_after_the_dropped_rows(tmp_path, capsys):
