@@ -310,6 +310,8 @@ def explain_load_error(name: str, error: Exception) -> str:
             f"{name} is a gated dataset. Open https://huggingface.co/datasets/{name}, accept its "
             "terms, run `hf auth login`, and run this command again."
         )
+    if match := re.search(r"Config name is missing.* available configs: \[(.*?)\]", reason):
+        return f"{name} has several configurations. Pick one with --config: {match[1]}."
     if "Couldn't reach" in reason:
         return (
             f"{name} is not a local file, it is not in the cache, and the Hub cannot be reached. "

@@ -871,6 +871,18 @@ def test_an_error_in_a_folder_names_the_file(name, content, options, words, tmp_
     assert not (tmp_path / "out").exists()
 
 
+def test_a_dataset_with_several_configurations_asks_for_one(tmp_path):
+    configs = [f"- config_name: {name}\n  data_files: {name}.jsonl\n" for name in "ab"]
+    (tmp_path / "README.md").write_text(f"---\nconfigs:\n{''.join(configs)}---\n")
+    for name in "ab":
+        write_rows(tmp_path / f"{name}.jsonl", numbered(1, 2, 3))
+    with pytest.raises(
+        SystemExit, match="several configurations. Pick one with --config: 'a', 'b'"
+    ):
+        run(tmp_path, tmp_path / "out")
+    assert run(tmp_path, tmp_path / "out", "--config", "b")[1]["rows_kept"] == 3
+
+
 BAD_TESTS = [
     (["--test-dataset", "validation"], "is a file without splits"),
     (["--test-dataset", "absent.jsonl"], "absent.jsonl: no such file"),
