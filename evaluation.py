@@ -417,12 +417,18 @@ def find_adapter(args: argparse.Namespace) -> tuple[Path, str | None]:
                 "--baseline for the base model."
             )
     path = folder / "training_run.json"
-    if not path.is_file():
-        if Path(f"{folder}-checkpoints", "run.json").is_file():
-            fail(
-                f"the training of {folder} is not finished. To continue it, rerun the same "
-                "function_calling_train.py command with --resume."
-            )
+    is_in_training = Path(f"{folder}-checkpoints", "run.json").is_file()
+    if is_in_training and path.is_file():
+        print(
+            f"warning: {folder} is being trained again. This evaluates the earlier adapter.",
+            file=sys.stderr,
+        )
+    elif is_in_training:
+        fail(
+            f"the training of {folder} is not finished. To continue it, rerun the same "
+            "function_calling_train.py command with --resume."
+        )
+    elif not path.is_file():
         fail(
             f"{folder} is not a finished adapter: it contains no training_run.json. "
             "Pass the folder that function_calling_train.py wrote."
@@ -451,7 +457,9 @@ def default_adapter(model: str) -> Path:
 
 def is_merged(model: str) -> bool:
     """Whether a model is a local folder with an adapter merged into its weights."""
-    return Path(model).expanduser().joinpath("training_run.json").is_file()
+    folder = Path(model).expanduser()
+    is_adapter = (folder / "adapter_config.json").is_file()
+    return (folder / "training_run.json").is_file() and not is_adapter
 
 
 def choose_device(dtype: str | None = None) -> tuple[str, "torch.dtype"]:
@@ -643,7 +651,10 @@ def read_finish_reason(reason: str | None) -> str:
 
 
 def read_answer(answer: dict) -> tuple[str, str]:
-    """Return (text, finish reason) of an answer in OpenAI's fields; tool calls become text."""
+    """Return (text, finish reason) of an answer in OpenAI's fields.
+
+    Thoughts and tool calls in fields of their own become part of the text.
+    """
     text = answer.get("content") or answer.get("output")
     if isinstance(text, list):
         parts = [{"text": part} if isinstance(part, str) else part for part in text]
@@ -652,9 +663,14 @@ def read_answer(answer: dict) -> tuple[str, str]:
     if not isinstance(text, str | None):
         raise TypeError("the content is not text")
     blocks = [text.strip()] if text else []
+    thought = answer.get("reasoning_content") or answer.get("reasoning")
+    if isinstance(thought, str) and thought.strip():  # as in the splits
+        blocks.insert(0, f"<think>{thought.strip()}</think>")
     calls = [tool_call["function"] for tool_call in answer.get("tool_calls") or []]
     if answer.get("function_call"):
         calls.append(answer["function_call"])
+    if "<tool_call>" in (text or "") and "</tool_call>" in text:
+        calls = []  # the text has them already
     for function in calls:
         arguments = function.get("arguments")
         with contextlib.suppress(ValueError, TypeError, RecursionError):  # not JSON: kept as it is
@@ -1097,6 +1113,7 @@ def write_predictions(args: argparse.Namespace, results_dir: Path, queries: list
     """Write the answers of a model, a server or a file to run.json and predictions.jsonl."""
     args.max_new_tokens = args.max_new_tokens or DEFAULT_MAX_NEW_TOKENS
     run = describe_run(args)
+    check_is_no_adapter(args.model, Path(args.model).expanduser())  # before its adapter is missed
     is_local = not (args.server or args.predictions)
     answers_of_file = match_answers(args.predictions, queries) if args.predictions else {}
     adapter_dir = None
@@ -1106,11 +1123,7 @@ def write_predictions(args: argparse.Namespace, results_dir: Path, queries: list
         revision = revision or trained_commit
         run["adapter_sha256"] = hash_file(adapter_dir / "adapter_model.safetensors")
     model_dir, run["commit"] = find_folder(args.model, revision, with_weights=is_local)
-    if (model_dir / "adapter_config.json").is_file():
-        fail(
-            f"--model {args.model} is an adapter. Pass it as --adapter, and its base model as "
-            "--model."
-        )
+    check_is_no_adapter(args.model, model_dir)
     with exit_on_error(model_dir / "tokenizer.json"):
         scorer = Tokenizer.from_buffer((model_dir / "tokenizer.json").read_bytes())
     if is_local:
@@ -1142,11 +1155,16 @@ def write_predictions(args: argparse.Namespace, results_dir: Path, queries: list
             progress = tqdm(answers, "Answering", len(unanswered), unit=" queries", disable=None)
             for query, text, finish_reason in progress:
                 writer.write(query, text, finish_reason)
-    if writer.unwritten:
+    if writer.unwritten and not answered:
         fail(
             f"none of the {len(writer.unwritten)} queries was answered, so nothing was saved. "
             f"The first error: {writer.first_error}"
         )
+
+
+def check_is_no_adapter(model: str, folder: Path) -> None:
+    if (folder / "adapter_config.json").is_file():
+        fail(f"--model {model} is an adapter. Pass it as --adapter, and its base model as --model.")
 
 
 def describe_model(
@@ -1623,6 +1641,10 @@ class Comparison(NamedTuple):
     ours: list[dict]  # judged turns of the queries that both runs answered
     theirs: list[dict]
 
+    @property
+    def is_possible(self) -> bool:
+        return bool(self.ours) and not self.conditions
+
 
 def find_comparison(args: argparse.Namespace, results_dir: Path) -> Path | None:
     """The results folder to compare with, None if there is none."""
@@ -1687,17 +1709,20 @@ def compare_runs(
 def make_columns(
     label: str, turns: list[dict], comparison: Comparison | None, with_repeated: bool = True
 ) -> dict[str, dict]:
-    """Return {title: scores} for a table, the difference included where it is allowed."""
+    """Return {title: scores} for a table: of a run, or of two comparable runs and their difference.
+
+    Two runs are compared on the queries that both have answered.
+    """
 
     def choose(turns: list[dict]) -> list[dict]:
         return [turn for turn in turns if with_repeated or not turn["is_repeated"]]
 
-    if not comparison or not comparison.ours:
+    if not comparison or not comparison.is_possible:
         return {label: estimate(choose(turns))}
     ours = choose(comparison.ours)
     theirs = choose(comparison.theirs)
     columns = {comparison.label: estimate(theirs), label: estimate(ours)}
-    if ours and not comparison.conditions:
+    if ours:
         columns["difference"] = estimate(ours, theirs)
     return columns
 
@@ -1785,13 +1810,11 @@ def draw_report(
     if "difference" in columns:
         chart = comparison_chart
         title = f"{model}: {comparison.label} and {label}, {len(comparison.ours):,} queries"
-        columns = {run: columns[run] for run in (comparison.label, label)}
     else:
         comparison_chart.unlink(missing_ok=True)  # it is outdated
         chart = results_dir / "scores.png"
         title = f"{model}: {label}, {metrics['queries']:,} queries"
-        columns = {label: metrics["scores"]}
-    plot_scores(columns, title, chart)
+    plot_scores({run: columns[run] for run in columns if run != "difference"}, title, chart)
     return chart
 
 
@@ -1826,7 +1849,8 @@ def report_results(
 ) -> list[dict]:
     """Judge the predictions, print their scores next to another run's, write metrics.json.
 
-    Returns the judged turns.
+    All predictions for `queries` are judged, also those that --limit leaves out. Returns the
+    judged turns.
     """
     label = results_dir.name
     run = read_run(results_dir)
@@ -1843,7 +1867,9 @@ def report_results(
     columns = make_columns(label, turns, comparison)
     metrics = make_metrics(run, turns, columns, comparison)
     path = results_dir / "metrics.json"
-    path.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+    new_path = path.with_suffix(".json.new")
+    new_path.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+    new_path.replace(path)
     chart = draw_report(results_dir, columns, metrics, comparison, not args.compare_with)
 
     num_answered = len(turns) - metrics["failures"]["failed"]
@@ -1859,16 +1885,17 @@ def report_results(
         print(
             "published: baseline / fine-tuned (original README) / fine-tuned (original notebook)\n"
         )
-    if metrics["repeated_queries"]:
-        num_repeated = len(metrics["repeated_queries"])
-        has_others = num_repeated < len(turns)
+    is_compared = comparison is not None and comparison.is_possible
+    in_table = comparison.ours if is_compared else turns
+    if num_repeated := sum(turn["is_repeated"] for turn in in_table):
+        has_others = num_repeated < len(in_table)
         title = " Without them:" if has_others else ""
         print(f"{num_repeated:,} of these queries are also in the train split.{title}\n")
         if has_others:
             without_repeated = make_columns(label, turns, comparison, with_repeated=False)
             print(f"{format_scores(without_repeated, metrics=MAIN_METRICS)}\n")
-    print_counts(metrics)
-    num_calls = metrics["scores"].get("turn_right", {}).get("n", 0)
+    print_counts(summarize(in_table) if is_compared else metrics)
+    num_calls = columns[label].get("turn_right", {}).get("n", 0)
     if 0 < num_calls < ENOUGH_CALLS:
         print(
             f"warning: only {num_calls} turns contain calls, so the scores of calls are imprecise, "
@@ -1892,7 +1919,8 @@ def print_comparison(comparison: Comparison | None) -> None:
         print(f"Compared    with {comparison.folder}/ on the {num_shared:,} queries in both runs")
     if comparison.is_limit_unknown and not comparison.conditions:
         print(
-            "Note        the --max-new-tokens of predictions made elsewhere is assumed, not known"
+            "Note        predictions made elsewhere do not record a token limit; it is assumed to "
+            "be --max-new-tokens"
         )
     if comparison.remarks:
         print(f"Note        these also differ: {'; '.join(comparison.remarks)}")
@@ -2004,19 +2032,20 @@ def run(args: argparse.Namespace, argv: list[str]) -> None:
     info = read_dataset_info(args.test_file)
     if (info.get("train") or {}).get("file") == args.test_file.name:
         fail(f"{args.test_file} is the train split. Pass the test split as --test-file.")
-    queries = read_queries(args.test_file, args.limit)
+    queries = read_queries(args.test_file)
+    num_asked = len(read_queries(args.test_file, args.limit))
     # Fail now, not after hours of generation.
     compare_dir = find_comparison(args, results_dir)
     train_texts, seen_tools = read_train_split(args.test_file)
     for query in queries:
         query["is_repeated"] = text_key(query) in train_texts
     if should_generate(args, results_dir):
-        write_predictions(args, results_dir, queries)
+        write_predictions(args, results_dir, queries[:num_asked])
     turns = report_results(args, results_dir, queries, seen_tools, compare_dir)
     failed = [turn for turn in turns if turn["failure"] == "failed"]
-    num_missing = len(queries) - len(turns)
+    num_missing = len(set(map(key_of, queries[:num_asked])) - set(map(key_of, turns)))
     if failed:
-        missing = f", and {num_missing} queries were not sent" if num_missing else ""
+        missing = f", and {num_missing} queries have no output" if num_missing else ""
         advice = "Use --resume to send them again. " if args.server else ""
         fail(
             f"{len(failed)} queries failed (no answer) and count as wrong{missing}. {advice}The "
@@ -2032,7 +2061,8 @@ def run(args: argparse.Namespace, argv: list[str]) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    sys.stdout.reconfigure(errors="backslashreplace")  # on Windows, a file may not be UTF-8
+    with contextlib.suppress(AttributeError):  # not a file, for example in a notebook
+        sys.stdout.reconfigure(errors="backslashreplace")  # on Windows, a file may not be UTF-8
     args = parse_args(argv)
     logging.disable(logging.WARNING)  # library warnings are hidden; errors end in one line below
     warnings.simplefilter("ignore")

@@ -1042,8 +1042,11 @@ def build_trainer(
 
 def find_last_checkpoint(checkpoint_dir: Path) -> Path | None:
     """The newest complete checkpoint: the Trainer writes trainer_state.json last."""
-    states = checkpoint_dir.glob("checkpoint-*/trainer_state.json")
-    complete = [path.parent for path in states if path.stat().st_size]
+    complete = []
+    for path in checkpoint_dir.glob("checkpoint-*/trainer_state.json"):
+        with contextlib.suppress(ValueError):  # cut off by a kill or a full disk
+            json.loads(path.read_text(encoding="utf-8"))
+            complete.append(path.parent)
     return max(complete, key=lambda path: int(path.name.split("-")[1]), default=None)
 
 
@@ -1083,11 +1086,23 @@ RECIPE = [
 ]
 
 
-def describe_run(args: argparse.Namespace, commit: str | None, dtype: torch.dtype) -> dict:
+def hash_weights(model_dir: Path) -> str:
+    """The sha256 of the weights of a local model: another model may have the same folder name."""
+    digest = hashlib.sha256()
+    for path in sorted(model_dir.glob("*.safetensors")):
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+def describe_run(
+    args: argparse.Namespace, model_dir: Path, commit: str | None, dtype: torch.dtype
+) -> dict:
     """Everything that the adapter depends on."""
     return {
         "model_name": args.model_name,
         "commit": commit,
+        "weights_sha256": None if commit else hash_weights(model_dir),
         "train_split_sha256": hashlib.sha256(args.train_file.read_bytes()).hexdigest(),
         "dtype": str(dtype).removeprefix("torch."),
         **{name: getattr(args, name) for name in RECIPE},
@@ -1098,6 +1113,8 @@ def describe_change(name: str, before: object, now: object) -> str:
     """How a setting of an earlier run differs from that of this one, in words."""
     if name == "train_split_sha256":
         return "another train split"
+    if name == "weights_sha256":
+        return "other weights in the folder of --model"
     if name == "commit":
         if before and now:
             return f"--revision {before}, not {now}"
@@ -1115,7 +1132,7 @@ def check_earlier_run(args: argparse.Namespace, run: dict) -> None:
     begun = args.checkpoint_dir / "run.json"
     finished = args.output_dir / "training_run.json"
     earlier = begun if begun.is_file() else finished
-    if not earlier.is_file():
+    if not earlier.is_file() or is_merged_model(args.output_dir):
         if args.output_dir.is_dir() and any(args.output_dir.iterdir()):
             fail(
                 f"--output-dir {args.output_dir} contains files that are not from a training run. "
@@ -1128,11 +1145,11 @@ def check_earlier_run(args: argparse.Namespace, run: dict) -> None:
             fail(f"cannot resume: {earlier} is damaged. Use --overwrite to start over.")
         names = list(run)
         if earlier == finished and (args.merge or args.push_to_hub):
-            names = ["model_name", "commit"]  # nothing is trained, so nothing else matters
+            names = ["model_name", "commit", "weights_sha256"]  # nothing is trained
         changes = [
-            describe_change(name, before.get(name), run[name])
+            describe_change(name, before[name], run[name])
             for name in names
-            if before.get(name) != run[name]
+            if name in before and before[name] != run[name]
         ]
         if changes:
             fail(
@@ -1147,16 +1164,30 @@ def check_earlier_run(args: argparse.Namespace, run: dict) -> None:
             f"{args.output_dir} already contains {found}, --overwrite to start over, or another "
             "--output-dir."
         )
-    if args.merge and args.merged_dir.is_dir() and not is_merged_model(args.merged_dir):
+    if args.merge and args.merged_dir.is_dir():
+        check_merged_model(args)
+
+
+def check_merged_model(args: argparse.Namespace) -> None:
+    """Stop unless the existing folder for the merged model may be replaced."""
+    if not is_merged_model(args.merged_dir):
         fail(
             f"{args.merged_dir} contains files that are not from --merge. Move that folder, or "
+            "choose another --output-dir."
+        )
+    if Path(args.model).expanduser().resolve() == args.merged_dir.resolve():
+        fail(f"--merge would replace the base model {args.model}. Choose another --output-dir.")
+    if not (args.resume or args.overwrite):
+        fail(
+            f"{args.merged_dir} already contains a merged model. Use --overwrite to replace it, or "
             "choose another --output-dir."
         )
 
 
 def is_merged_model(folder: Path) -> bool:
     """Whether --merge wrote a folder. It copies training_run.json into it."""
-    return (folder / "training_run.json").is_file()
+    is_adapter = (folder / "adapter_config.json").is_file()
+    return (folder / "training_run.json").is_file() and not is_adapter
 
 
 @contextlib.contextmanager
@@ -1399,12 +1430,12 @@ def describe_scores(args: argparse.Namespace) -> str:
     weights = (args.output_dir / "adapter_model.safetensors").read_bytes()
     adapter_sha256 = hashlib.sha256(weights).hexdigest()
     paths = sorted(Path("evaluation_results", args.model_name).glob("*/metrics.json"))
-    evaluations = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
-    evaluations = [
-        metrics
-        for metrics in evaluations
-        if metrics.get("run", {}).get("adapter_sha256") == adapter_sha256
-    ]
+    evaluations = []
+    for path in paths:
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # a damaged file
+            metrics = json.loads(path.read_text(encoding="utf-8"))
+            if metrics["run"]["adapter_sha256"] == adapter_sha256:
+                evaluations.append(metrics)
     if not evaluations:
         return "Not evaluated yet."
     metrics = max(evaluations, key=lambda metrics: metrics["queries"])
@@ -1560,8 +1591,7 @@ def finish(args: argparse.Namespace, info: dict, model_dir: Path, is_new: bool) 
     if args.merge:
         merge_adapter(model_dir, args)
     elif is_new and is_merged_model(args.merged_dir):
-        shutil.rmtree(args.merged_dir)
-        print(f"Removed     {args.merged_dir}/, which was merged from an earlier adapter")
+        print(f"Note        {args.merged_dir}/ was merged from an earlier adapter")
     write_model_card(args, info, training_run)
     if args.push_to_hub:
         push_adapter(args)
@@ -1665,15 +1695,15 @@ def run(args: argparse.Namespace) -> None:
     if args.load_in_4bit and device != "cuda":
         fail(f"--load-in-4bit needs a CUDA GPU, and this machine has none (device: {device}).")
     model_dir, commit = find_model(args)
-    settings = describe_run(args, commit, dtype)
+    settings = describe_run(args, model_dir, commit, dtype)
     begun = args.checkpoint_dir / "run.json"
-    is_begun = begun.is_file()
+    is_continued = args.resume and begun.is_file()
     with lock_run(args) if is_main else contextlib.nullcontext():
         if is_main:
             check_earlier_run(args, settings)
             if args.push_to_hub:
                 args.push_to_hub = create_repository(args.push_to_hub)
-        if args.resume and not is_begun and (args.output_dir / "training_run.json").is_file():
+        if args.resume and not is_continued and (args.output_dir / "training_run.json").is_file():
             if is_main:
                 finish(args, info, model_dir, is_new=False)
             return
@@ -1685,12 +1715,10 @@ def run(args: argparse.Namespace) -> None:
         trainer = build_trainer(
             model, tokenizer, training, validation, args, args.checkpoint_dir, device
         )
-        checkpoint = None
-        if args.resume and is_begun:
-            checkpoint = find_last_checkpoint(args.checkpoint_dir)
+        checkpoint = find_last_checkpoint(args.checkpoint_dir) if is_continued else None
         if is_main:
             args.output_dir.mkdir(parents=True, exist_ok=True)  # fails now rather than at the end
-            if not (args.resume and is_begun):
+            if not is_continued:
                 remove_checkpoints(args.checkpoint_dir)
                 begun.write_text(json.dumps(settings, indent=2), encoding="utf-8")
             print_start(trainer, settings["dtype"], checkpoint, num_dropped, args)
@@ -1704,7 +1732,8 @@ def run(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    sys.stdout.reconfigure(errors="backslashreplace")  # on Windows, a file may not be UTF-8
+    with contextlib.suppress(AttributeError):  # not a file, for example in a notebook
+        sys.stdout.reconfigure(errors="backslashreplace")  # on Windows, a file may not be UTF-8
     args = parse_args(argv)
     with exit_on_error():
         configure_process()

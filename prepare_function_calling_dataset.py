@@ -1593,7 +1593,8 @@ def run(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    sys.stdout.reconfigure(errors="backslashreplace")  # on Windows, a file may not be UTF-8
+    with contextlib.suppress(AttributeError):  # not a file, for example in a notebook
+        sys.stdout.reconfigure(errors="backslashreplace")  # on Windows, a file may not be UTF-8
     args = parse_args(argv)
     logging.disable()  # explain_load_error reports the errors of libraries
     warnings.simplefilter("ignore")

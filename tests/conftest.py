@@ -128,7 +128,7 @@ def run_script(
 
 def run_here(name: str, *arguments: object, cwd: Path) -> subprocess.CompletedProcess:
     """Do the same as run_script in this process, which has already imported the libraries."""
-    stdout = io.TextIOWrapper(io.BytesIO(), "utf-8", write_through=True)
+    stdout = io.StringIO()
     stderr = io.StringIO()
     status = 0
     with (
@@ -147,9 +147,7 @@ def run_here(name: str, *arguments: object, cwd: Path) -> subprocess.CompletedPr
                 status = 1
             else:
                 status = end.code or 0
-    return subprocess.CompletedProcess(
-        sys.argv, status, stdout.buffer.getvalue().decode(), stderr.getvalue()
-    )
+    return subprocess.CompletedProcess(sys.argv, status, stdout.getvalue(), stderr.getvalue())
 
 
 def assert_fails_in_one_line(process: subprocess.CompletedProcess, *words: str) -> None:

@@ -238,10 +238,14 @@ def test_a_comparison_uses_only_the_queries_that_both_runs_answered(evaluate, ca
     num_shared = limited["queries"]
     assert num_shared < metrics["queries"] == 14
     assert "fine-tuned/, 14 of 14 queries answered\n" in printed
+    *_, failures = re.findall(r"^Failures    (.*)", printed, re.MULTILINE)
+    assert sum(map(int, re.findall(r"\d+", failures))) <= num_shared  # not those of all 14
     assert f"on the {num_shared} queries in both runs\n" in printed
     assert metrics["comparison"]["queries"] == num_shared
     n = limited["scores"]["function_calling"]["n"]
     assert metrics["difference"]["function_calling"]["n"] == n
+    evaluate("--show-failures", "1", "--limit", "1")  # a report is always about the whole run
+    assert read_metrics(results / "fine-tuned") == metrics
     # Predictions for a split that has the same ids but other conversations
     path = results / "baseline" / "predictions.jsonl"
     path.write_text(path.read_text(encoding="utf-8").replace('"reference": "', '"reference": "x'))
@@ -403,6 +407,7 @@ def test_user_mistakes_print_one_line(tiny_model, splits, finished, tmp_path):
         (tiny_model, ["--adapter", tmp_path / "no model"], ["training_run.json"]),
         (tiny_model, ["--adapter", "unfinished"], ["is not finished", "command with --resume"]),
         (finished.adapter, ["--baseline"], ["is an adapter"]),
+        (finished.adapter, [], ["is an adapter"]),
         (tiny_model, ["--predictions", "q.jsonl"], ["q.jsonl: No such file"]),
         (tiny_model, ["--rescore"], ["fine-tuned contains no evaluation"]),
         (tiny_model, ["--compare-with", "nowhere"], ["nowhere contains no evaluation"]),

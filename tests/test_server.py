@@ -272,6 +272,7 @@ def test_finish_reasons_of_servers_are_converted_to_ours(given, stored):
 
 
 FUNCTION = {"name": "get_weather", "arguments": '{"city": "Oslo"}'}
+THINK = "<think>So</think>\n"
 FIELDS = [
     ({"content": [{"type": "text", "text": "It "}, {"type": "text", "text": "is."}]}, "It is."),
     ({"content": [{"type": "thinking", "thinking": []}, {"type": "text", "text": "x"}]}, "x"),
@@ -279,6 +280,9 @@ FIELDS = [
     ({"content": None, "function_call": FUNCTION}, CALL),
     ({"content": "So:", "tool_calls": [{"function": FUNCTION}]}, f"So:\n{CALL}"),
     ({"content": None}, ""),
+    ({"content": "x", "reasoning_content": " Look. "}, "<think>Look.</think>\nx"),
+    ({"content": None, "reasoning": "So", "tool_calls": [{"function": FUNCTION}]}, THINK + CALL),
+    ({"content": CALL, "tool_calls": [{"function": FUNCTION}]}, CALL),
 ]
 
 

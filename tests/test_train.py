@@ -254,14 +254,21 @@ def test_a_killed_and_resumed_run_gives_the_same_adapter_bit_for_bit(
     process = subprocess.run(killed, cwd=tmp_path, env=environment, capture_output=True)
     checkpoints = tmp_path / "run-checkpoints"
     assert process.returncode == -9 and not list((tmp_path / "run").iterdir())
-    # A run that is killed while it writes a checkpoint leaves all files but trainer_state.json.
+    # A run that is killed while it writes a checkpoint leaves no trainer_state.json, or a part.
     cut_short = shutil.copytree(checkpoints / "checkpoint-7", checkpoints / "checkpoint-8")
     (cut_short / "trainer_state.json").unlink()
+    cut_short = shutil.copytree(checkpoints / "checkpoint-7", checkpoints / "checkpoint-9")
+    (cut_short / "trainer_state.json").write_text('{"best_glo')
 
     assert_fails_in_one_line(run_here(SCRIPT, *command, cwd=tmp_path), "--resume", "--overwrite")
     other = ["--seed", "3", "--lora-rank", "4"]
     refused = run_here(SCRIPT, *command, "--resume", *other, cwd=tmp_path)
     assert_fails_in_one_line(refused, "--seed 42, not 3", "--lora-rank 16, not 4", "--overwrite")
+    namesake = shutil.copytree(tiny_model, tmp_path / "other" / tiny_model.name)
+    with (namesake / "model.safetensors").open("ab") as weights:
+        weights.write(b"0")
+    refused = run_here(SCRIPT, *command, "--model", namesake, "--resume", cwd=tmp_path)
+    assert_fails_in_one_line(refused, "started with other weights in the folder of --model")
 
     process = run_here(SCRIPT, *command, "--resume", cwd=tmp_path)
     assert process.returncode == 0 and "checkpoint-7\n" in process.stdout, process.stderr
@@ -490,7 +497,7 @@ def test_an_empty_working_directory_can_be_the_output_folder(tiny_model, flags, 
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
-def test_merged_weights_of_an_earlier_adapter_are_removed_or_replaced(tiny_model, flags, tmp_path):
+def test_a_merged_model_is_replaced_only_with_a_flag_that_says_so(tiny_model, flags, tmp_path):
     command = [*flags, "--model", tiny_model, "--max-steps", "3", "--output-dir", "run"]
     merged = tmp_path / "run-merged/model.safetensors"
     assert run_here(SCRIPT, *command, "--merge", cwd=tmp_path).returncode == 0
@@ -498,8 +505,20 @@ def test_merged_weights_of_an_earlier_adapter_are_removed_or_replaced(tiny_model
     again = [*command, "--overwrite", "--seed", "7"]
     assert run_here(SCRIPT, *again, "--merge", cwd=tmp_path).returncode == 0
     assert merged.read_bytes() != first
+    second = merged.read_bytes()
     process = run_here(SCRIPT, *again, cwd=tmp_path)
-    assert "Removed     run-merged/" in process.stdout and not merged.parent.exists()
+    assert "Note        run-merged/ was merged from an earlier adapter" in process.stdout
+    on_merged = ["--model", "run-merged", "--overwrite", "--merge"]  # the last --model counts
+    for run, words in (
+        ([*again, *on_merged], "--merge would replace the base model run-merged"),
+        ([*again, "--output-dir", "run-merged"], "contains files that are not from a training run"),
+    ):
+        assert_fails_in_one_line(run_here(SCRIPT, *run, cwd=tmp_path), words)
+    (tmp_path / "run").rename(tmp_path / "moved")
+    refused = run_here(SCRIPT, *command, "--merge", cwd=tmp_path)
+    assert_fails_in_one_line(refused, "run-merged already contains a merged model", "--overwrite")
+    assert merged.read_bytes() == second
+    shutil.rmtree(merged.parent)
     merged.parent.mkdir()
     (merged.parent / "mine.txt").write_text("mine")
     assert run_here(SCRIPT, *again, cwd=tmp_path).returncode == 0
@@ -705,6 +724,9 @@ def test_the_model_card_contains_the_license_of_the_published_data_and_the_score
         metrics = {"run": {"adapter_sha256": weights}, "scores": scores, "labels": labels}
         metrics["queries"] = num_queries
         (results / "metrics.json").write_text(json.dumps(metrics))
+    damaged = tmp_path / "evaluation_results" / tiny_model.name / "damaged"
+    damaged.mkdir()
+    (damaged / "metrics.json").write_text('{"run": ')
     command = ["--model", str(tiny_model), "--output-dir", "run", "--push-to-hub", "me/adapter"]
     command += ["--train-file", str(data / "function_calling_train.jsonl")]
     args = train.parse_args(command)
