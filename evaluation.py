@@ -100,7 +100,8 @@ def add_input_arguments(parser: argparse.ArgumentParser) -> None:
         "--limit",
         type=positive_int,
         metavar="N",
-        help="Evaluate only the first N conversations. The published run used 300.",
+        help="Ask for the turns of the first N conversations only. A report covers all stored "
+        "answers. The published run used 300.",
     )
 
 
@@ -417,13 +418,15 @@ def find_adapter(args: argparse.Namespace) -> tuple[Path, str | None]:
                 "--baseline for the base model."
             )
     path = folder / "training_run.json"
-    is_in_training = Path(f"{folder}-checkpoints", "run.json").is_file()
-    if is_in_training and path.is_file():
+    has_unfinished_run = Path(f"{folder}-checkpoints", "run.json").is_file()
+    if has_unfinished_run and path.is_file():
         print(
-            f"warning: {folder} is being trained again. This evaluates the earlier adapter.",
+            f"warning: a new training of {folder} is not finished, so the earlier adapter is "
+            "evaluated. To finish it, rerun the same function_calling_train.py command with "
+            "--resume.",
             file=sys.stderr,
         )
-    elif is_in_training:
+    elif has_unfinished_run:
         fail(
             f"the training of {folder} is not finished. To continue it, rerun the same "
             "function_calling_train.py command with --resume."
@@ -1113,7 +1116,7 @@ def write_predictions(args: argparse.Namespace, results_dir: Path, queries: list
     """Write the answers of a model, a server or a file to run.json and predictions.jsonl."""
     args.max_new_tokens = args.max_new_tokens or DEFAULT_MAX_NEW_TOKENS
     run = describe_run(args)
-    check_is_no_adapter(args.model, Path(args.model).expanduser())  # before its adapter is missed
+    check_is_not_adapter(args.model, Path(args.model).expanduser())
     is_local = not (args.server or args.predictions)
     answers_of_file = match_answers(args.predictions, queries) if args.predictions else {}
     adapter_dir = None
@@ -1123,7 +1126,7 @@ def write_predictions(args: argparse.Namespace, results_dir: Path, queries: list
         revision = revision or trained_commit
         run["adapter_sha256"] = hash_file(adapter_dir / "adapter_model.safetensors")
     model_dir, run["commit"] = find_folder(args.model, revision, with_weights=is_local)
-    check_is_no_adapter(args.model, model_dir)
+    check_is_not_adapter(args.model, model_dir)  # from the Hub
     with exit_on_error(model_dir / "tokenizer.json"):
         scorer = Tokenizer.from_buffer((model_dir / "tokenizer.json").read_bytes())
     if is_local:
@@ -1162,7 +1165,7 @@ def write_predictions(args: argparse.Namespace, results_dir: Path, queries: list
         )
 
 
-def check_is_no_adapter(model: str, folder: Path) -> None:
+def check_is_not_adapter(model: str, folder: Path) -> None:
     if (folder / "adapter_config.json").is_file():
         fail(f"--model {model} is an adapter. Pass it as --adapter, and its base model as --model.")
 
@@ -1873,7 +1876,7 @@ def report_results(
     chart = draw_report(results_dir, columns, metrics, comparison, not args.compare_with)
 
     num_answered = len(turns) - metrics["failures"]["failed"]
-    print(f"Results     {results_dir}/, {num_answered:,} of {len(queries):,} queries answered")
+    print(f"Results     {results_dir}/, answers to {num_answered:,} of {len(queries):,} queries")
     print(f"Chart       {chart}")
     print_comparison(comparison)
     published = None
@@ -1919,8 +1922,8 @@ def print_comparison(comparison: Comparison | None) -> None:
         print(f"Compared    with {comparison.folder}/ on the {num_shared:,} queries in both runs")
     if comparison.is_limit_unknown and not comparison.conditions:
         print(
-            "Note        predictions made elsewhere do not record a token limit; it is assumed to "
-            "be --max-new-tokens"
+            "Note        predictions made elsewhere do not record their token limit, so "
+            "--max-new-tokens is assumed"
         )
     if comparison.remarks:
         print(f"Note        these also differ: {'; '.join(comparison.remarks)}")
@@ -2045,10 +2048,10 @@ def run(args: argparse.Namespace, argv: list[str]) -> None:
     failed = [turn for turn in turns if turn["failure"] == "failed"]
     num_missing = len(set(map(key_of, queries[:num_asked])) - set(map(key_of, turns)))
     if failed:
-        missing = f", and {num_missing} queries have no output" if num_missing else ""
-        advice = "Use --resume to send them again. " if args.server else ""
+        missing = f" {num_missing} others are still missing." if num_missing else ""
+        advice = " Use --resume to send all of these again." if args.server else ""
         fail(
-            f"{len(failed)} queries failed (no answer) and count as wrong{missing}. {advice}The "
+            f"{len(failed)} queries failed (no answer) and count as wrong.{missing}{advice} The "
             f"first is conversation {failed[0]['conversation_id']}, turn {failed[0]['turn']}: "
             f"{failed[0].get('error')}"
         )
@@ -2061,8 +2064,8 @@ def run(args: argparse.Namespace, argv: list[str]) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    with contextlib.suppress(AttributeError):  # not a file, for example in a notebook
-        sys.stdout.reconfigure(errors="backslashreplace")  # on Windows, a file may not be UTF-8
+    with contextlib.suppress(AttributeError):  # the output of a notebook cannot be reconfigured
+        sys.stdout.reconfigure(errors="backslashreplace")  # a file on Windows may not be UTF-8
     args = parse_args(argv)
     logging.disable(logging.WARNING)  # library warnings are hidden; errors end in one line below
     warnings.simplefilter("ignore")

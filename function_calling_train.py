@@ -213,7 +213,7 @@ CHAT_TEMPLATE = r"""
     {{- text if is_wrapped else '<tool_response>\n' + text + '\n</tool_response>' -}}
 {%- endmacro -%}
 
-{#- Writes "yes" if a text contains a name that is not a part of a longer name. #}
+{#- Writes "yes" if a name occurs in a text on its own, not as a part of a longer name. #}
 {%- macro has_name(text, name) -%}
     {%- set name_letters = 'abcdefghijklmnopqrstuvwxyz0123456789_-' -%}
     {%- set found = namespace(before='', answer='') -%}
@@ -293,7 +293,7 @@ CHAT_TEMPLATE = r"""
     {%- else -%}
         {%- set found.results = found.results + [message] -%}
         {%- if ends_turn -%}
-            {#- in the order of their calls, by name or, if all ids match, by id #}
+            {#- in the order of their calls, by id if all ids fit, or else by name if all fit #}
             {%- set found.ordered = found.results -%}
             {%- for use_id in [false, true] -%}
                 {%- set found.matched = [] -%}
@@ -527,7 +527,8 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     existing_run.add_argument(
         "--overwrite",
         action="store_true",
-        help="Start over and replace the run in the output folder.",
+        help="Start over and replace the run in the output folder and, with --merge, the merged "
+        "model.",
     )
     group.add_argument(
         "--merge",
@@ -1087,7 +1088,7 @@ RECIPE = [
 
 
 def hash_weights(model_dir: Path) -> str:
-    """The sha256 of the weights of a local model: another model may have the same folder name."""
+    """One sha256 of all weights of a local model: the name of its folder does not identify it."""
     digest = hashlib.sha256()
     for path in sorted(model_dir.glob("*.safetensors")):
         with path.open("rb") as file:
@@ -1114,7 +1115,7 @@ def describe_change(name: str, before: object, now: object) -> str:
     if name == "train_split_sha256":
         return "another train split"
     if name == "weights_sha256":
-        return "other weights in the folder of --model"
+        return "other weights in --model"
     if name == "commit":
         if before and now:
             return f"--revision {before}, not {now}"
@@ -1132,7 +1133,9 @@ def check_earlier_run(args: argparse.Namespace, run: dict) -> None:
     begun = args.checkpoint_dir / "run.json"
     finished = args.output_dir / "training_run.json"
     earlier = begun if begun.is_file() else finished
-    if not earlier.is_file() or is_merged_model(args.output_dir):
+    if is_merged_model(args.output_dir):
+        fail(f"--output-dir {args.output_dir} is a merged model. Choose a new folder.")
+    if not earlier.is_file():
         if args.output_dir.is_dir() and any(args.output_dir.iterdir()):
             fail(
                 f"--output-dir {args.output_dir} contains files that are not from a training run. "
@@ -1145,7 +1148,7 @@ def check_earlier_run(args: argparse.Namespace, run: dict) -> None:
             fail(f"cannot resume: {earlier} is damaged. Use --overwrite to start over.")
         names = list(run)
         if earlier == finished and (args.merge or args.push_to_hub):
-            names = ["model_name", "commit", "weights_sha256"]  # nothing is trained
+            names = ["model_name", "commit", "weights_sha256"]  # the rest was for training
         changes = [
             describe_change(name, before[name], run[name])
             for name in names
@@ -1154,7 +1157,8 @@ def check_earlier_run(args: argparse.Namespace, run: dict) -> None:
         if changes:
             fail(
                 f"cannot resume: the run in {args.output_dir} was started with "
-                f"{' and '.join(changes)}. Use the original flags, or --overwrite to start over."
+                f"{' and '.join(changes)}. Use the original flags and files, or --overwrite to "
+                "start over."
             )
     elif not args.overwrite:
         found = "a finished run. Use --resume with --merge or --push-to-hub to merge or upload it"
@@ -1176,7 +1180,10 @@ def check_merged_model(args: argparse.Namespace) -> None:
             "choose another --output-dir."
         )
     if Path(args.model).expanduser().resolve() == args.merged_dir.resolve():
-        fail(f"--merge would replace the base model {args.model}. Choose another --output-dir.")
+        fail(
+            f"{args.merged_dir} is the base model of this run, and --merge would replace it. "
+            "Choose another --output-dir."
+        )
     if not (args.resume or args.overwrite):
         fail(
             f"{args.merged_dir} already contains a merged model. Use --overwrite to replace it, or "
@@ -1185,7 +1192,7 @@ def check_merged_model(args: argparse.Namespace) -> None:
 
 
 def is_merged_model(folder: Path) -> bool:
-    """Whether --merge wrote a folder. It copies training_run.json into it."""
+    """Whether --merge wrote a folder. Both it and an adapter's folder have training_run.json."""
     is_adapter = (folder / "adapter_config.json").is_file()
     return (folder / "training_run.json").is_file() and not is_adapter
 
@@ -1432,7 +1439,9 @@ def describe_scores(args: argparse.Namespace) -> str:
     paths = sorted(Path("evaluation_results", args.model_name).glob("*/metrics.json"))
     evaluations = []
     for path in paths:
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # a damaged file
+        with contextlib.suppress(
+            OSError, ValueError, KeyError, TypeError
+        ):  # damaged, or without an adapter
             metrics = json.loads(path.read_text(encoding="utf-8"))
             if metrics["run"]["adapter_sha256"] == adapter_sha256:
                 evaluations.append(metrics)
@@ -1591,7 +1600,10 @@ def finish(args: argparse.Namespace, info: dict, model_dir: Path, is_new: bool) 
     if args.merge:
         merge_adapter(model_dir, args)
     elif is_new and is_merged_model(args.merged_dir):
-        print(f"Note        {args.merged_dir}/ was merged from an earlier adapter")
+        print(
+            f"Note        {args.merged_dir}/ contains an earlier adapter. --resume --merge "
+            "replaces it"
+        )
     write_model_card(args, info, training_run)
     if args.push_to_hub:
         push_adapter(args)
@@ -1732,8 +1744,8 @@ def run(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    with contextlib.suppress(AttributeError):  # not a file, for example in a notebook
-        sys.stdout.reconfigure(errors="backslashreplace")  # on Windows, a file may not be UTF-8
+    with contextlib.suppress(AttributeError):  # the output of a notebook cannot be reconfigured
+        sys.stdout.reconfigure(errors="backslashreplace")  # a file on Windows may not be UTF-8
     args = parse_args(argv)
     with exit_on_error():
         configure_process()

@@ -64,7 +64,7 @@ THINK_INSTRUCTION = (
 def dataset_name(text: str) -> str:
     if text.strip():
         return text
-    raise argparse.ArgumentTypeError("must be a file, a folder or a Hub id, not an empty text")
+    raise argparse.ArgumentTypeError("must not be empty. Is a shell variable unset?")
 
 
 def share(text: str) -> float:
@@ -116,8 +116,8 @@ def build_parser() -> argparse.ArgumentParser:
     split.add_argument(
         "--test-dataset",
         type=dataset_name,
-        help="Your own test set: a file, a Hub id, or the name of a split of --dataset. All rows "
-        "of --dataset are then used for training (default: draw a random test split).",
+        help="Your own test set: a file, a folder, a Hub id, or the name of a split of --dataset. "
+        "All rows of --dataset are then used for training (default: draw a random test split).",
     )
     split.add_argument(
         "--test-size",
@@ -169,8 +169,8 @@ def fail(message: str) -> NoReturn:
 # ---- Loading rows
 
 
-# A name that ends in one of these is treated as a file, even if the file does not exist.
 ROW_SUFFIXES = [".json", ".jsonl", ".gz", ".parquet"]  # those that read_file reads
+# A name that ends in one of these is treated as a file, even if the file does not exist.
 FILE_SUFFIXES = [*ROW_SUFFIXES, ".csv", ".tsv", ".txt"]
 
 
@@ -253,16 +253,18 @@ def load_rows(
 
 
 def load_folder(folder: Path, builder: DatasetBuilder, split: str | None) -> list:
-    """Return the rows of a split of a folder. datasets assigns files to splits by their names."""
+    """Return the rows of one split of a folder. The names of files tell datasets their splits."""
     files = {str(name): list(map(Path, paths)) for name, paths in builder.config.data_files.items()}
     if split is None:
         split = "test" if "test" in files else next(iter(files))
     split_name = split.split("[")[0]  # of a slice such as train[:100]
     if split_name not in files:
-        raise ValueError(f'no split "{split_name}" in {folder}. Its splits: {", ".join(files)}.')
+        raise ValueError(
+            f'there is no split "{split_name}" in this folder. Pick one of {", ".join(files)}.'
+        )
     paths = files[split_name]
     print_files(folder, paths)
-    # Arrow would need the same columns in all files, and would fill in nulls.
+    # Read each file directly: Arrow needs the same columns in all files, and fills in nulls.
     if split == split_name and all(suffix_of(path) in ROW_SUFFIXES for path in paths):
         return [row for path in paths for row in read_file_of(folder, path)]
     builder.download_and_prepare()
@@ -270,7 +272,7 @@ def load_folder(folder: Path, builder: DatasetBuilder, split: str | None) -> lis
 
 
 def read_file_of(folder: Path, path: Path) -> list:
-    """Return the rows of a file of a folder. Raises ValueError that names the file."""
+    """Return the rows of one file in a folder. Raises a ValueError that names the file."""
     try:
         return read_file(path, path.read_bytes())
     except Exception as error:  # gzip and pyarrow raise errors of many kinds
@@ -311,7 +313,10 @@ def explain_load_error(name: str, error: Exception) -> str:
             "terms, run `hf auth login`, and run this command again."
         )
     if match := re.search(r"Config name is missing.* available configs: \[(.*?)\]", reason):
-        return f"{name} has several configurations. Pick one with --config: {match[1]}."
+        return (
+            f"{name} has several configurations. Pick one of {match[1]} with --config, which "
+            "applies to --dataset only."
+        )
     if "Couldn't reach" in reason:
         return (
             f"{name} is not a local file, it is not in the cache, and the Hub cannot be reached. "
@@ -531,7 +536,7 @@ def shows_tools(prompt: str, names: list[str | None]) -> bool:
 
 
 def contains_name(text: str, name: str) -> bool:
-    """Return whether a text contains a name that is not a part of a longer name."""
+    """Return whether a name occurs in a text on its own, not as a part of a longer name."""
     return re.search(f"(?<![A-Za-z0-9_-]){re.escape(name)}(?![A-Za-z0-9_-])", text) is not None
 
 
@@ -1003,8 +1008,8 @@ def read_messages(row: dict) -> list:
             messages = read_layout(row)
             if isinstance(messages, dict):
                 raise ValueError(
-                    f'an object instead of a list of turns in "{keys[0]}". With pandas, save rows '
-                    'by df.to_json(path, orient="records", lines=True).'
+                    f'an object instead of a list of turns in "{keys[0]}" (from pandas, save the '
+                    'rows with df.to_json(path, orient="records", lines=True))'
                 )
             if not isinstance(messages, list):
                 raise ValueError(f'no list of turns in "{keys[0]}"')
@@ -1067,9 +1072,10 @@ def get_system_text(messages: list[dict]) -> str:
 
 
 def order_results(results: list[dict], calls: list[dict], notices: Counter) -> list[dict]:
-    """Return tool messages in the order of their calls, which they name by id or by name.
+    """Return tool messages in the order of their calls.
 
-    Of several results with the same name, the first belongs to the first call with this name.
+    They are matched by id if every id fits a call, or else by name if every name does. Otherwise
+    their order is kept. Results with the same id or name belong to their calls in order.
     """
     for call_key, result_key in (("id", "tool_call_id"), ("name", "name")):
         ordered = []
@@ -1295,7 +1301,7 @@ ENOUGH_TEST_CALLS = 50  # for confidence intervals that are narrow enough to com
 
 
 def shorten(reason: str) -> str:
-    """Make what may quote a row fit on a line, and replace halves of surrogate pairs."""
+    """Return a reason, which can quote text of a row, as one short line of valid Unicode."""
     line = " ".join(reason.encode(errors="replace").decode().split())
     return line if len(line) <= MAX_REASON_LENGTH else line[:MAX_REASON_LENGTH] + "..."
 
@@ -1593,8 +1599,8 @@ def run(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    with contextlib.suppress(AttributeError):  # not a file, for example in a notebook
-        sys.stdout.reconfigure(errors="backslashreplace")  # on Windows, a file may not be UTF-8
+    with contextlib.suppress(AttributeError):  # the output of a notebook cannot be reconfigured
+        sys.stdout.reconfigure(errors="backslashreplace")  # a file on Windows may not be UTF-8
     args = parse_args(argv)
     logging.disable()  # explain_load_error reports the errors of libraries
     warnings.simplefilter("ignore")

@@ -444,7 +444,7 @@ def run_without_torch(*arguments, cwd):
         f"evaluation.main({arguments!r});"
         "assert not {'torch', 'transformers'} & set(sys.modules)"
     )
-    ascii_output = {**os.environ, "PYTHONIOENCODING": "ascii"}  # text must not end the program
+    ascii_output = {**os.environ, "PYTHONIOENCODING": "ascii"}  # lacks most characters
     command = [sys.executable, "-c", code]
     process = subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=ascii_output)
     assert process.returncode == 0, process.stderr

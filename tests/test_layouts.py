@@ -567,7 +567,7 @@ def test_only_the_tools_are_removed_from_the_system_text_of_a_raw_glaive_row():
     assert json.loads(record["tools"]) == [TOOL, make_tool("f", "x")]
 
 
-def test_an_object_with_only_a_name_is_not_a_tool_of_a_raw_glaive_row():
+def test_an_object_without_description_and_parameters_is_not_a_tool_of_a_raw_glaive_row():
     chat = "USER: Hi\n\n\nASSISTANT: Hello <|endoftext|>"
     system = 'The user is {"name": "Ada", "age": 36}.\n' + json.dumps(TOOL)
     record = prepare.convert_row({"system": system, "chat": chat})
@@ -854,7 +854,7 @@ BAD_FOLDERS = [
     ("b.jsonl", '{"messages": [', [], "b.jsonl: line 1 is not valid JSON"),
     ("b.jsonl.gz", "no gzip", [], "b.jsonl.gz: Not a gzipped file"),
     ("b.parquet", "no parquet", [], "b.parquet: Parquet"),
-    ("b.jsonl", "", ["--split", "dev"], 'no split "dev" in .*. Its splits: train'),
+    ("b.jsonl", "", ["--split", "dev"], 'no split "dev" in this folder. Pick one of train'),
 ]
 
 
@@ -877,7 +877,7 @@ def test_a_dataset_with_several_configurations_asks_for_one(tmp_path):
     for name in "ab":
         write_rows(tmp_path / f"{name}.jsonl", numbered(1, 2, 3))
     with pytest.raises(
-        SystemExit, match="several configurations. Pick one with --config: 'a', 'b'"
+        SystemExit, match="several configurations. Pick one of 'a', 'b' with --config"
     ):
         run(tmp_path, tmp_path / "out")
     assert run(tmp_path, tmp_path / "out", "--config", "b")[1]["rows_kept"] == 3
@@ -901,13 +901,10 @@ def test_a_test_set_that_cannot_be_loaded_prints_one_line(options, words, tmp_pa
 
 @pytest.mark.parametrize("flag", ["--dataset", "--test-dataset"])
 def test_an_empty_name_of_a_dataset_is_refused(flag, capsys):
-    """It would be an unset variable of the shell, and an empty test set would be ignored."""
+    """A shell variable may be unset. Without a test set, one would be drawn silently."""
     with pytest.raises(SystemExit):
         prepare.parse_args([flag, ""])
-    assert (
-        f"{flag}: must be a file, a folder or a Hub id, not an empty text"
-        in capsys.readouterr().err
-    )
+    assert f"{flag}: must not be empty" in capsys.readouterr().err
 
 
 def test_options_without_effect_are_refused(capsys):

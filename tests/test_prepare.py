@@ -274,7 +274,7 @@ UNREADABLE = [
     (
         "rows.json",
         json.dumps({"messages": {"0": [{"role": "user"}]}}),
-        "an object .*With pandas, save",
+        "an object .*from pandas, save the rows",
     ),
     ("absent.jsonl", None, "no such file"),
     ("", None, "any data file"),  # a folder without data files

@@ -254,7 +254,7 @@ def test_a_killed_and_resumed_run_gives_the_same_adapter_bit_for_bit(
     process = subprocess.run(killed, cwd=tmp_path, env=environment, capture_output=True)
     checkpoints = tmp_path / "run-checkpoints"
     assert process.returncode == -9 and not list((tmp_path / "run").iterdir())
-    # A run that is killed while it writes a checkpoint leaves no trainer_state.json, or a part.
+    # A run that is killed while it writes a checkpoint leaves no trainer_state.json, or part of it.
     cut_short = shutil.copytree(checkpoints / "checkpoint-7", checkpoints / "checkpoint-8")
     (cut_short / "trainer_state.json").unlink()
     cut_short = shutil.copytree(checkpoints / "checkpoint-7", checkpoints / "checkpoint-9")
@@ -268,7 +268,7 @@ def test_a_killed_and_resumed_run_gives_the_same_adapter_bit_for_bit(
     with (namesake / "model.safetensors").open("ab") as weights:
         weights.write(b"0")
     refused = run_here(SCRIPT, *command, "--model", namesake, "--resume", cwd=tmp_path)
-    assert_fails_in_one_line(refused, "started with other weights in the folder of --model")
+    assert_fails_in_one_line(refused, "started with other weights in --model")
 
     process = run_here(SCRIPT, *command, "--resume", cwd=tmp_path)
     assert process.returncode == 0 and "checkpoint-7\n" in process.stdout, process.stderr
@@ -507,11 +507,11 @@ def test_a_merged_model_is_replaced_only_with_a_flag_that_says_so(tiny_model, fl
     assert merged.read_bytes() != first
     second = merged.read_bytes()
     process = run_here(SCRIPT, *again, cwd=tmp_path)
-    assert "Note        run-merged/ was merged from an earlier adapter" in process.stdout
+    assert "Note        run-merged/ contains an earlier adapter" in process.stdout
     on_merged = ["--model", "run-merged", "--overwrite", "--merge"]  # the last --model counts
     for run, words in (
-        ([*again, *on_merged], "--merge would replace the base model run-merged"),
-        ([*again, "--output-dir", "run-merged"], "contains files that are not from a training run"),
+        ([*again, *on_merged], "run-merged is the base model of this run, and --merge would"),
+        ([*again, "--output-dir", "run-merged"], "run-merged is a merged model"),
     ):
         assert_fails_in_one_line(run_here(SCRIPT, *run, cwd=tmp_path), words)
     (tmp_path / "run").rename(tmp_path / "moved")
