@@ -666,20 +666,21 @@ def read_answer(answer: dict) -> tuple[str, str]:
     if not isinstance(text, str | None):
         raise TypeError("the content is not text")
     blocks = [text.strip()] if text else []
-    thought = answer.get("reasoning_content") or answer.get("reasoning")
-    if isinstance(thought, str) and thought.strip():  # as in the splits
+    thought = answer.get("reasoning_content") or answer.get("reasoning") or answer.get("thinking")
+    if isinstance(thought, str) and thought.strip() and "<think>" not in (text or ""):
         blocks.insert(0, f"<think>{thought.strip()}</think>")
     calls = [tool_call["function"] for tool_call in answer.get("tool_calls") or []]
     if answer.get("function_call"):
         calls.append(answer["function_call"])
-    if "<tool_call>" in (text or "") and "</tool_call>" in text:
-        calls = []  # the text has them already
+    call_blocks = []
     for function in calls:
         arguments = function.get("arguments")
         with contextlib.suppress(ValueError, TypeError, RecursionError):  # not JSON: kept as it is
             arguments = json.loads(arguments)
         call = {"name": function["name"], "arguments": arguments}
-        blocks.append(f"<tool_call>\n{json.dumps(call, ensure_ascii=False)}\n</tool_call>")
+        call_blocks.append(f"<tool_call>\n{json.dumps(call, ensure_ascii=False)}\n</tool_call>")
+    if parse_calls(text or "") != parse_calls("\n".join(call_blocks)):  # else the text has them
+        blocks += call_blocks
     return "\n".join(blocks), read_finish_reason(answer.get("finish_reason"))
 
 
@@ -1158,10 +1159,11 @@ def write_predictions(args: argparse.Namespace, results_dir: Path, queries: list
             progress = tqdm(answers, "Answering", len(unanswered), unit=" queries", disable=None)
             for query, text, finish_reason in progress:
                 writer.write(query, text, finish_reason)
-    if writer.unwritten and not answered:
+    if writer.unwritten:
+        earlier = " --rescore reports the earlier answers." if answered else ""
         fail(
-            f"none of the {len(writer.unwritten)} queries was answered, so nothing was saved. "
-            f"The first error: {writer.first_error}"
+            f"none of the {len(writer.unwritten)} queries was answered, so nothing was saved."
+            f"{earlier} The first error: {writer.first_error}"
         )
 
 
@@ -1644,10 +1646,6 @@ class Comparison(NamedTuple):
     ours: list[dict]  # judged turns of the queries that both runs answered
     theirs: list[dict]
 
-    @property
-    def is_possible(self) -> bool:
-        return bool(self.ours) and not self.conditions
-
 
 def find_comparison(args: argparse.Namespace, results_dir: Path) -> Path | None:
     """The results folder to compare with, None if there is none."""
@@ -1720,7 +1718,7 @@ def make_columns(
     def choose(turns: list[dict]) -> list[dict]:
         return [turn for turn in turns if with_repeated or not turn["is_repeated"]]
 
-    if not comparison or not comparison.is_possible:
+    if not comparison or not comparison.ours or comparison.conditions:
         return {label: estimate(choose(turns))}
     ours = choose(comparison.ours)
     theirs = choose(comparison.theirs)
@@ -1876,7 +1874,9 @@ def report_results(
     chart = draw_report(results_dir, columns, metrics, comparison, not args.compare_with)
 
     num_answered = len(turns) - metrics["failures"]["failed"]
-    print(f"Results     {results_dir}/, answers to {num_answered:,} of {len(queries):,} queries")
+    print(
+        f"Results     {results_dir}/, answers to {num_answered:,} of the {len(queries):,} queries"
+    )
     print(f"Chart       {chart}")
     print_comparison(comparison)
     published = None
@@ -1888,8 +1888,7 @@ def report_results(
         print(
             "published: baseline / fine-tuned (original README) / fine-tuned (original notebook)\n"
         )
-    is_compared = comparison is not None and comparison.is_possible
-    in_table = comparison.ours if is_compared else turns
+    in_table = comparison.ours if "difference" in columns else turns
     if num_repeated := sum(turn["is_repeated"] for turn in in_table):
         has_others = num_repeated < len(in_table)
         title = " Without them:" if has_others else ""
@@ -1897,7 +1896,7 @@ def report_results(
         if has_others:
             without_repeated = make_columns(label, turns, comparison, with_repeated=False)
             print(f"{format_scores(without_repeated, metrics=MAIN_METRICS)}\n")
-    print_counts(summarize(in_table) if is_compared else metrics)
+    print_counts(summarize(in_table))
     num_calls = columns[label].get("turn_right", {}).get("n", 0)
     if 0 < num_calls < ENOUGH_CALLS:
         print(
@@ -2050,10 +2049,11 @@ def run(args: argparse.Namespace, argv: list[str]) -> None:
     if failed:
         missing = f" {num_missing} others are still missing." if num_missing else ""
         advice = " Use --resume to send all of these again." if args.server else ""
+        first = failed[0]
         fail(
             f"{len(failed)} queries failed (no answer) and count as wrong.{missing}{advice} The "
-            f"first is conversation {failed[0]['conversation_id']}, turn {failed[0]['turn']}: "
-            f"{failed[0].get('error')}"
+            f"first failure is conversation {first['conversation_id']}, turn {first['turn']}: "
+            f"{first.get('error')}"
         )
     if num_missing and args.predictions:
         print(f"warning: {num_missing:,} queries have no prediction and are not in these scores.")

@@ -215,6 +215,8 @@ CHAT_TEMPLATE = r"""
 
 {#- Writes "yes" if a name occurs in a text on its own, not as a part of a longer name. #}
 {%- macro has_name(text, name) -%}
+    {#- The texts before the first and after the last name are not empty: an empty piece means two
+        names without anything in between. #}
     {%- set name_letters = 'abcdefghijklmnopqrstuvwxyz0123456789_-' -%}
     {%- set found = namespace(before='', answer='') -%}
     {%- for piece in text.split(name) -%}
@@ -229,8 +231,8 @@ CHAT_TEMPLATE = r"""
 
 {{- bos_token -}}
 {%- set found = namespace(system='', tools=tools, is_start=true, has_asked=false, text='',
-    calls=[], results=[], ordered=[], matched=[], used=[], is_answered=false, shown='\n',
-    shows_tools=true, carries_loss=true) -%}
+    calls=[], results=[], ordered=[], matched=[], used=[], call_keys=[], is_answered=false,
+    shown='\n', shows_tools=true, carries_loss=true) -%}
 {%- for message in messages -%}
     {%- set role = role_of(message) -%}
     {%- set ends_turn = loop.last or role_of(messages[loop.index]) != role -%}
@@ -298,15 +300,21 @@ CHAT_TEMPLATE = r"""
             {%- for use_id in [false, true] -%}
                 {%- set found.matched = [] -%}
                 {%- set found.used = [] -%}
+                {%- set found.call_keys = [] -%}
                 {%- for call in found.calls -%}
-                    {%- set key = call.id if use_id else (call.function or call).name -%}
-                    {%- set found.is_answered = key is not defined or key is none -%}
+                    {%- set key = call.id if use_id
+                        else (call.function or call).name or call.name -%}
+                    {%- set has_key = key is defined and key is not none -%}
+                    {%- set found.call_keys = found.call_keys + [key ~ '' if has_key else none] -%}
+                {%- endfor -%}
+                {%- for key in found.call_keys -%}
+                    {%- set is_last = key not in found.call_keys[loop.index:] -%}
+                    {%- set found.is_answered = false -%}
                     {%- for result in found.results -%}
                         {%- set named = result.tool_call_id if use_id
                             else result.name or result.tool_name -%}
-                        {%- if not found.is_answered and loop.index0 not in found.used
-                                and named is defined and named is not none
-                                and named ~ '' == key ~ '' -%}
+                        {%- if (is_last or not found.is_answered) and loop.index0 not in found.used
+                                and named is defined and named is not none and named ~ '' == key -%}
                             {%- set found.matched = found.matched + [result] -%}
                             {%- set found.used = found.used + [loop.index0] -%}
                             {%- set found.is_answered = true -%}
@@ -1149,6 +1157,8 @@ def check_earlier_run(args: argparse.Namespace, run: dict) -> None:
         names = list(run)
         if earlier == finished and (args.merge or args.push_to_hub):
             names = ["model_name", "commit", "weights_sha256"]  # the rest was for training
+        if before.get("commit") != run["commit"]:
+            names.remove("weights_sha256")  # only local models have it
         changes = [
             describe_change(name, before[name], run[name])
             for name in names
@@ -1169,10 +1179,10 @@ def check_earlier_run(args: argparse.Namespace, run: dict) -> None:
             "--output-dir."
         )
     if args.merge and args.merged_dir.is_dir():
-        check_merged_model(args)
+        check_merged_model(args, may_replace=args.overwrite or earlier.is_file())
 
 
-def check_merged_model(args: argparse.Namespace) -> None:
+def check_merged_model(args: argparse.Namespace, may_replace: bool) -> None:
     """Stop unless the existing folder for the merged model may be replaced."""
     if not is_merged_model(args.merged_dir):
         fail(
@@ -1184,7 +1194,7 @@ def check_merged_model(args: argparse.Namespace) -> None:
             f"{args.merged_dir} is the base model of this run, and --merge would replace it. "
             "Choose another --output-dir."
         )
-    if not (args.resume or args.overwrite):
+    if not may_replace:
         fail(
             f"{args.merged_dir} already contains a merged model. Use --overwrite to replace it, or "
             "choose another --output-dir."

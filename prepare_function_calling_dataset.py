@@ -169,18 +169,18 @@ def fail(message: str) -> NoReturn:
 # ---- Loading rows
 
 
-ROW_SUFFIXES = [".json", ".jsonl", ".gz", ".parquet"]  # those that read_file reads
+ROW_SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".parquet")  # read_file reads them
 # A name that ends in one of these is treated as a file, even if the file does not exist.
-FILE_SUFFIXES = [*ROW_SUFFIXES, ".csv", ".tsv", ".txt"]
+FILE_SUFFIXES = (*ROW_SUFFIXES, ".gz", ".csv", ".tsv", ".txt")
 
 
-def suffix_of(path: Path | str) -> str:
-    return Path(path).suffix.lower()
+def ends_in(path: Path | str, suffixes: str | tuple[str, ...]) -> bool:
+    return str(path).lower().endswith(suffixes)
 
 
 # os.path answers False where Path raises an error, for example for a name that is too long.
 def is_data_file(name: str) -> bool:
-    is_named_like_one = suffix_of(name) in FILE_SUFFIXES
+    is_named_like_one = ends_in(name, FILE_SUFFIXES)
     return os.path.isfile(name) or (is_named_like_one and not os.path.isdir(name))
 
 
@@ -190,12 +190,12 @@ def is_local(name: str) -> bool:
 
 def read_file(path: Path, data: bytes) -> list:
     """Return the rows of a .json, .jsonl, .jsonl.gz or .parquet file, whose content is `data`."""
-    if suffix_of(path) == ".parquet":
+    if ends_in(path, ".parquet"):
         import datasets
 
         return list(datasets.Dataset.from_parquet(str(path)))
     try:
-        text = (gzip.decompress(data) if suffix_of(path) == ".gz" else data).decode("utf-8-sig")
+        text = (gzip.decompress(data) if ends_in(path, ".gz") else data).decode("utf-8-sig")
     except UnicodeDecodeError:
         raise ValueError(
             "the file is not UTF-8 text. Save it as UTF-8. If it is compressed or binary, convert "
@@ -254,21 +254,31 @@ def load_rows(
 
 def load_folder(folder: Path, builder: DatasetBuilder, split: str | None) -> list:
     """Return the rows of one split of a folder. The names of files tell datasets their splits."""
+    import datasets
+
     files = {str(name): list(map(Path, paths)) for name, paths in builder.config.data_files.items()}
     if split is None:
         split = "test" if "test" in files else next(iter(files))
-    split_name = split.split("[")[0]  # of a slice such as train[:100]
-    if split_name not in files:
-        raise ValueError(
-            f'there is no split "{split_name}" in this folder. Pick one of {", ".join(files)}.'
-        )
-    paths = files[split_name]
+    split = "+".join(files) if split == "all" else split
+    names = [part.split("[")[0].strip() for part in split.split("+")]  # as in train[:100]+test
+    for name in names:
+        if name not in files:
+            raise ValueError(
+                f'there is no split "{name}" in this folder. Pick one of {", ".join(files)}.'
+            )
+    paths = [path for name in names for path in files[name]]
     print_files(folder, paths)
+    is_nested = getattr(builder.config, "field", None)  # the rows are in a key of the file
+    if is_nested or not all(ends_in(path, ROW_SUFFIXES) for path in paths):
+        builder.download_and_prepare()
+        return list(builder.as_dataset(split=split))
     # Read each file directly: Arrow needs the same columns in all files, and fills in nulls.
-    if split == split_name and all(suffix_of(path) in ROW_SUFFIXES for path in paths):
-        return [row for path in paths for row in read_file_of(folder, path)]
-    builder.download_and_prepare()
-    return list(builder.as_dataset(split=split))
+    rows = {
+        name: [row for path in files[name] for row in read_file_of(folder, path)] for name in names
+    }
+    lengths = {name: len(rows[name]) for name in names}
+    parts = datasets.ReadInstruction.from_spec(split).to_absolute(lengths)
+    return [row for part in parts for row in rows[part.splitname][part.from_ : part.to]]
 
 
 def read_file_of(folder: Path, path: Path) -> list:
@@ -282,7 +292,7 @@ def read_file_of(folder: Path, path: Path) -> list:
 def print_files(folder: Path, read: list[Path]) -> None:
     """Print which files of a folder are read, and which are not."""
     folder_path = folder.resolve()
-    files = sorted(path for path in folder_path.rglob("*") if suffix_of(path) in FILE_SUFFIXES)
+    files = sorted(path for path in folder_path.rglob("*") if ends_in(path, FILE_SUFFIXES))
     not_read = [path for path in files if path not in read]
     for title, paths in {"Read": sorted(read), "Not read": not_read}.items():
         if paths:
@@ -314,8 +324,8 @@ def explain_load_error(name: str, error: Exception) -> str:
         )
     if match := re.search(r"Config name is missing.* available configs: \[(.*?)\]", reason):
         return (
-            f"{name} has several configurations. Pick one of {match[1]} with --config, which "
-            "applies to --dataset only."
+            f"{name} has several configurations. Pick one of {match[1]} with --config. It applies "
+            "to --dataset only, so pass a file as --test-dataset."
         )
     if "Couldn't reach" in reason:
         return (
@@ -508,13 +518,16 @@ def flatten_tools(value: Any) -> Iterator[dict]:
         raise ValueError("a tool that is not an object")
 
 
-def get_names(tool: dict) -> list[str | None]:
-    """Return the names that a tool declares; Gemini's tools are lists of declarations."""
+def get_declarations(tool: dict) -> list:
+    """Return what a tool declares; Gemini's tools are lists of declarations."""
     declarations = tool.get("function_declarations") or tool.get("functionDeclarations")
-    if not isinstance(declarations, list):
-        declarations = [tool.get("function") or tool]
+    return declarations if isinstance(declarations, list) else [tool.get("function") or tool]
+
+
+def get_names(tool: dict) -> list[str | None]:
+    """Return the names that a tool declares, None where a name is missing."""
     names = []
-    for declaration in declarations:
+    for declaration in get_declarations(tool):
         name = declaration.get("name") if isinstance(declaration, dict) else None
         names.append(name if isinstance(name, str) and name else None)
     return names
@@ -555,12 +568,13 @@ def read_declarations(sources: list) -> tuple[list[dict], int]:
     return tools, num_unreadable
 
 
-def collect_tools(sources: list, prompt: str, notices: Counter) -> tuple[list[dict], bool]:
-    """Return (a row's tools, whether all of them can be read).
+def collect_tools(sources: list, prompt: str, notices: Counter) -> tuple[list[dict], bool, bool]:
+    """Return (a row's tools, whether all of them can be read, whether the prompt shows them).
 
     The tools are those that `sources` declare, or else those that the prompt shows.
     """
     tools, num_unreadable = read_declarations(sources)
+    is_shown = not tools or shows_tools(prompt, [n for tool in tools for n in get_names(tool)])
     if not tools:
         shown = [block for block in find_tool_blocks(prompt) if block.startswith(("[", "{"))]
         tools, num_unreadable_shown = read_declarations(shown)
@@ -568,7 +582,8 @@ def collect_tools(sources: list, prompt: str, notices: Counter) -> tuple[list[di
     num_nameless = sum(None in get_names(tool) for tool in tools)
     if num_unreadable or num_nameless:
         notices["noticed", UNREADABLE_TOOLS] += num_unreadable + num_nameless
-    return tools, bool(tools or not num_unreadable) and not num_nameless
+    is_readable = bool(tools or not num_unreadable) and not num_nameless
+    return tools, is_readable, is_shown
 
 
 # ---- Calls
@@ -856,8 +871,9 @@ def has_same_calls(text: str, calls: list[dict]) -> bool:
 def are_same_calls(calls: list[dict], others: list[dict]) -> bool:
     """Return whether two lists have the same calls, apart from ids, spacing and nulls."""
 
-    def comparable(call: dict) -> tuple[str, Any]:
-        return call["name"], drop_nulls(json.loads(call["arguments"]))
+    def comparable(call: dict) -> tuple[str, str]:  # in JSON, 1 is not true
+        arguments = drop_nulls(json.loads(call["arguments"]))
+        return call["name"], json.dumps(arguments, sort_keys=True)
 
     return list(map(comparable, calls)) == list(map(comparable, others))
 
@@ -889,7 +905,7 @@ def normalize_message(message: Any, notices: Counter) -> dict:
         normalized["train"] = may_carry_loss
     elif role == "tool":
         normalized["tool_call_id"] = take(message, "tool_call_id", "call_id")
-        normalized["name"] = take(message, "name", "tool_name")
+        normalized["name"] = take(message, "name") or take(message, "tool_name")
         normalized["content"] = read_result(take(message, "content", "value"), notices)
     else:
         normalized["content"], thoughts = read_text(take(message, "content", "value"), notices)
@@ -948,17 +964,20 @@ def read_glaive(row: dict) -> list:
     return messages
 
 
+TOOL_DETAILS = {"description", "parameters", "input_schema", "inputSchema"}
+
+
 def split_glaive_system(text: str) -> tuple[str, list[dict]]:
     """Return (system text without the tools, tools).
 
-    A tool is a JSON object with a name, and with a description or parameters.
+    Tools are JSON objects with names, of which at least one has a description or parameters.
     """
     tools = []
     pieces = []
     position = 0
     for start, end, value in find_json(text):
         found = value if isinstance(value, list) else [value]
-        if all(isinstance(tool, dict) and is_tool(tool) for tool in found):
+        if all(isinstance(tool, dict) for tool in found) and are_tools(found):
             tools += found
             pieces.append(text[position:start].rstrip())
             position = end
@@ -966,11 +985,10 @@ def split_glaive_system(text: str) -> tuple[str, list[dict]]:
     return "".join(pieces).strip(), tools
 
 
-def is_tool(value: dict) -> bool:
-    declaration = value.get("function", value)
-    return None not in get_names(value) and (
-        "description" in declaration or "parameters" in declaration
-    )
+def are_tools(values: list[dict]) -> bool:
+    names = [name for value in values for name in get_names(value)]
+    keys = [key for value in values for item in get_declarations(value) for key in item]
+    return None not in names and not TOOL_DETAILS.isdisjoint(keys)
 
 
 def read_glaive_call(text: str) -> dict:
@@ -1034,6 +1052,7 @@ class Conversation(NamedTuple):
     messages: list[dict]  # as normalize_message returns them
     tools: list[dict]
     has_readable_tools: bool  # whether all tools can be read
+    shows_tools: bool  # whether the messages show the tools already
 
 
 def normalize_row(row: Any, notices: Counter) -> Conversation:
@@ -1057,8 +1076,7 @@ def normalize_row(row: Any, notices: Counter) -> Conversation:
     report_unread(row, "row", notices)
     prompt = itertools.takewhile(lambda m: m["role"] in ("system", "user"), messages)
     prompt = "\n\n".join(message["content"] for message in prompt)
-    tools, is_readable = collect_tools(sources, prompt, notices)
-    return Conversation(row_id, messages, tools, is_readable)
+    return Conversation(row_id, messages, *collect_tools(sources, prompt, notices))
 
 
 def take_tools(mapping: dict) -> list:
@@ -1075,20 +1093,20 @@ def order_results(results: list[dict], calls: list[dict], notices: Counter) -> l
     """Return tool messages in the order of their calls.
 
     They are matched by id if every id fits a call, or else by name if every name does. Otherwise
-    their order is kept. Results with the same id or name belong to their calls in order.
+    their order is kept. Results with the same id or name belong to their calls in order, and those
+    that are left over to the last call.
     """
     for call_key, result_key in (("id", "tool_call_id"), ("name", "name")):
-        ordered = []
-        rest = list(results)
-        for call in calls:
-            key = call[call_key]
-            for result in rest:
-                if key is not None and str(result[result_key]) == str(key):
-                    ordered.append(result)
-                    rest.remove(result)
-                    break
-        if not rest:
-            return ordered
+        places: dict[str, list[int]] = {}
+        for place, call in enumerate(calls):
+            if call[call_key] is not None:
+                places.setdefault(str(call[call_key]), []).append(place)
+        if all(str(result[result_key]) in places for result in results):
+            placed = []
+            for result in results:
+                free = places[str(result[result_key])]
+                placed.append((free.pop(0) if len(free) > 1 else free[0], result))
+            return [result for _, result in sorted(placed, key=lambda pair: pair[0])]
     ids = {str(call["id"]) for call in calls}
     given = [result["tool_call_id"] for result in results if result["tool_call_id"] is not None]
     if num_lost := sum(str(result_id) not in ids for result_id in given):
@@ -1173,10 +1191,9 @@ def make_record(
 ) -> dict:
     """Return {"id", "messages", "tools"}: the turns with system text and tools in the first one."""
     system = get_system_text(conversation.messages)
-    names = [name for tool in conversation.tools for name in get_names(tool)]
     tools = to_json(conversation.tools)
     parts = [system] if system else []
-    if conversation.tools and not shows_tools(system + turns[0]["content"], names):
+    if not conversation.shows_tools:
         parts.append(BEFORE_TOOLS + tools + AFTER_TOOLS)
     if parts:
         request = "\n\n".join(parts) + before_request + turns[0]["content"]

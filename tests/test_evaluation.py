@@ -237,7 +237,7 @@ def test_a_comparison_uses_only_the_queries_that_both_runs_answered(evaluate, ca
     limited = read_metrics(results / "baseline")
     num_shared = limited["queries"]
     assert num_shared < metrics["queries"] == 14
-    assert "fine-tuned/, answers to 14 of 14 queries\n" in printed
+    assert "fine-tuned/, answers to 14 of the 14 queries\n" in printed
     *_, failures = re.findall(r"^Failures    (.*)", printed, re.MULTILINE)
     assert sum(map(int, re.findall(r"\d+", failures))) <= num_shared  # not those of all 14
     assert f"on the {num_shared} queries in both runs\n" in printed

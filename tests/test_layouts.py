@@ -150,6 +150,12 @@ def test_tools_that_the_prompt_already_shows_are_not_written_again(block):
     assert said == f"<tools>{block}</tools>\n\nHow deep is Ulm?"
 
 
+def test_tools_that_are_read_from_the_prompt_are_not_written_again():
+    block = json.dumps([make_tool("straße", "x"), {"type": "web_search"}])  # with \\u00df
+    system = {"role": "system", "content": f"<tools>{block}</tools>"}
+    assert texts(system, ASK, ANSWER)[0] == f"<tools>{block}</tools>\n\nHow deep is Ulm?"
+
+
 def test_tools_are_written_again_if_the_prompt_shows_only_some_of_them():
     tools = [TOOL, make_tool("tide", "port")]
     system = {"role": "system", "content": f"<tools>{json.dumps([TOOL])}</tools>"}
@@ -275,6 +281,9 @@ def test_arguments_in_json_text_are_written_without_unicode_escapes(spelled, exp
 def test_the_same_call_in_two_fields_may_be_spelled_differently():
     old = {"name": "depth", "arguments": '{"port":"Ulm"}'}
     assert texts(ASK, calls(tool_call(), function_call=old))[1] == call()
+    one, true = ({"name": "f", "arguments": {"x": value}} for value in (1, True))
+    with pytest.raises(ValueError, match="differs from its other calls"):
+        texts(ASK, calls(one, function_call=true))
 
 
 def test_a_call_in_both_the_text_and_the_fields_is_written_once():
@@ -449,6 +458,12 @@ def test_results_with_the_same_name_or_id_are_in_the_order_of_their_calls(given)
         assert said[2] == "\n".join(map(result, "123"))
 
 
+def test_two_results_for_one_call_stay_together():
+    asked = calls(tool_call("Ulm", "a"), tool_call("Kiel", "b"))
+    said = texts(ASK, asked, tool("3", "b"), tool("1", "a"), tool("2", "a"), ANSWER)
+    assert said[2] == "\n".join(map(result, "123"))
+
+
 def test_results_follow_the_ids_of_calls_that_are_also_in_the_text():
     in_text = call("Ulm") + "\n" + call("Kiel")
     asked = calls(tool_call("Ulm", "a"), tool_call("Kiel", "b"), content=in_text)
@@ -569,10 +584,11 @@ def test_only_the_tools_are_removed_from_the_system_text_of_a_raw_glaive_row():
 
 def test_an_object_without_description_and_parameters_is_not_a_tool_of_a_raw_glaive_row():
     chat = "USER: Hi\n\n\nASSISTANT: Hello <|endoftext|>"
-    system = 'The user is {"name": "Ada", "age": 36}.\n' + json.dumps(TOOL)
+    tools = [TOOL, {"name": "get_time"}, {"name": "f", "inputSchema": {}, "function": None}]
+    system = f'The user is {{"name": "Ada", "age": 36}}.\n{json.dumps(tools)}'
     record = prepare.convert_row({"system": system, "chat": chat})
     assert record["messages"][0]["content"].startswith('The user is {"name": "Ada", "age": 36}.')
-    assert json.loads(record["tools"]) == [TOOL]
+    assert len(json.loads(record["tools"])) == 3
 
 
 HUGE = [
@@ -869,6 +885,20 @@ def test_an_error_in_a_folder_names_the_file(name, content, options, words, tmp_
     with pytest.raises(SystemExit, match=f"^error: [^\n]*{words}[^\n]*$"):
         run(tmp_path / "folder", tmp_path / "out", *options)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "split, ids",
+    [("train+validation", "12345"), ("all", "12345"), ("train[1:]+validation[:50%]", "234")],
+)
+def test_splits_of_a_folder_can_be_joined_and_cut(split, ids, tmp_path):
+    (tmp_path / "in").mkdir()
+    write_rows(tmp_path / "in" / "train.jsonl", numbered(1, 2, 3))
+    write_rows(tmp_path / "in" / "validation.jsonl", numbered(4, 5))
+    test = write_rows(tmp_path / "test.jsonl", numbered(9))
+    options = ["--split", split, "--test-dataset", test]
+    records, _ = run(tmp_path / "in", tmp_path / "out", *options)
+    assert "".join(record["id"] for record in records["train"]) == ids
 
 
 def test_a_dataset_with_several_configurations_asks_for_one(tmp_path):

@@ -283,6 +283,8 @@ FIELDS = [
     ({"content": "x", "reasoning_content": " Look. "}, "<think>Look.</think>\nx"),
     ({"content": None, "reasoning": "So", "tool_calls": [{"function": FUNCTION}]}, THINK + CALL),
     ({"content": CALL, "tool_calls": [{"function": FUNCTION}]}, CALL),
+    ({"content": "</tool_call>", "function_call": FUNCTION}, f"</tool_call>\n{CALL}"),
+    ({"content": "<think>So</think>\nx", "reasoning": "So"}, f"{THINK}x"),
 ]
 
 

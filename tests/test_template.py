@@ -101,6 +101,7 @@ CONVERSATIONS = [
     [HI, FGF, *[{**result(x), "tool_call_id": id} for x, id in ("2g", "1f", "3f")], HELLO],
     [HI, FGF, *[{"role": "tool", "tool_name": id, "content": x} for x, id in ("2g", "1f", "3f")]],
     [HI, FGF_IN_TEXT, *[{**result(x), "tool_call_id": id} for x, id in ("2g", "1f", "3f")], HELLO],
+    [HI, FGF, *[{**result(x), "tool_call_id": id} for x, id in ("3g", "1f", "2f", "4f")], HELLO],
     [HI, {**HELLO, "content": "<think>So.</think> A. B", "reasoning": "A.", "thinking": "So."}],
     [LONGER, HI, HELLO],
     [HI, {"role": "assistant", "content": "So", "function_call": OBJECT}, HI, HELLO],

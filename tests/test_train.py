@@ -515,8 +515,10 @@ def test_a_merged_model_is_replaced_only_with_a_flag_that_says_so(tiny_model, fl
     ):
         assert_fails_in_one_line(run_here(SCRIPT, *run, cwd=tmp_path), words)
     (tmp_path / "run").rename(tmp_path / "moved")
-    refused = run_here(SCRIPT, *command, "--merge", cwd=tmp_path)
-    assert_fails_in_one_line(refused, "run-merged already contains a merged model", "--overwrite")
+    for flags in (["--merge"], ["--merge", "--resume"]):
+        refused = run_here(SCRIPT, *command, *flags, cwd=tmp_path)
+        words = "run-merged already contains a merged model", "--overwrite"
+        assert_fails_in_one_line(refused, *words)
     assert merged.read_bytes() == second
     shutil.rmtree(merged.parent)
     merged.parent.mkdir()
