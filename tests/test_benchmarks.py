@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ sys.path.insert(0, str(ROOT / "tests/benchmarks"))
 import ask_with_tools
 import gpu_report
 import run_bfcl
+import train_on_cpu
 
 TRAINING = ("bench_training.py", ["--steps", "2"], ["published", "trl", "ours"])
 GENERATION = (
@@ -175,3 +177,18 @@ def test_the_memory_estimate_prints_a_row_per_model_and_precision():
         ["1b", "float32"],
     ]
     assert rows[4][2] == "2.0"  # GB: one billion weights of two bytes each
+
+
+@pytest.mark.parametrize("window", [None, 5, 40])
+def test_attention_in_blocks_equals_that_of_pytorch(window, monkeypatch):
+    monkeypatch.setattr(train_on_cpu, "BLOCK", 8)
+    torch.manual_seed(0)
+    inputs = [torch.randn(1, heads, 23, 4, requires_grad=True) for heads in (2, 1, 1)]
+    distances = torch.arange(23)[:, None] - torch.arange(23)
+    mask = (distances >= 0) & (distances < (window or 23))
+    module = SimpleNamespace(sliding_window=window, num_key_value_groups=2, is_causal=True)
+    results = []
+    for attend in (train_on_cpu.attend, train_on_cpu.sdpa_attention_forward):
+        output, _ = attend(module, *inputs, mask[None, None], scaling=0.3)
+        results.append([output, *torch.autograd.grad(output.square().sum(), inputs)])
+    torch.testing.assert_close(*results)
