@@ -86,7 +86,7 @@ def add_input_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         metavar="FILE",
         help="Score the predictions in a JSON lines file. Each line has a conversation_id, a turn "
-        "(the number of messages before the predicted one) and an output.",
+        "(the number of messages before it in the test split) and an output.",
     )
 
     group = parser.add_argument_group("test data")
@@ -294,8 +294,10 @@ def hash_file(path: Path) -> str:
 
 
 def key_of(query: dict) -> tuple[str, str]:
-    """What identifies a query. As text, since many tools write ids as numbers."""
-    return str(query["conversation_id"]), str(query["turn"])
+    """What identifies a query. As text, since many tools write ids as numbers, even as 17.0."""
+    key = query["conversation_id"], query["turn"]
+    whole = [int(part) if isinstance(part, float) and part.is_integer() else part for part in key]
+    return str(whole[0]), str(whole[1])
 
 
 def read_queries(path: Path, limit: int | None = None) -> list[dict]:
@@ -328,6 +330,9 @@ def list_queries(row: dict) -> list[dict]:
         raise TypeError("its tools are not JSON text")
     messages = []
     queries = []
+    model_turns = [
+        str(turn) for turn, message in enumerate(row["messages"]) if message["role"] == "assistant"
+    ]
     for turn, message in enumerate(row["messages"]):
         content = message["content"]
         if not isinstance(content, str):
@@ -339,6 +344,7 @@ def list_queries(row: dict) -> list[dict]:
                 "tools": row["tools"],
                 "prompt": list(messages),
                 "reference": content.strip(),
+                "model_turns": model_turns,
             }
             queries.append(query)
         messages.append({"role": message["role"], "content": content})
@@ -653,35 +659,74 @@ def read_finish_reason(reason: str | None) -> str:
     return str(reason)
 
 
-def read_answer(answer: dict) -> tuple[str, str]:
-    """Return (text, finish reason) of an answer in OpenAI's fields.
+OUTPUT_KEYS = ("content", "output", "tool_calls", "function_call")
 
-    Thoughts and tool calls in fields of their own become part of the text.
-    """
-    text = answer.get("content") or answer.get("output")
+
+def find_fields(row: dict) -> dict:
+    """The fields of an answer: those of a row, or of the completion, choice or message in it."""
+    fields = row
+    for key in ("response", "completion", "output", "choices", "message"):
+        if any(isinstance(fields.get(name), str | list) for name in OUTPUT_KEYS):
+            break
+        inner = fields.get(key)
+        if key == "choices" and isinstance(inner, list) and inner:
+            inner = inner[0]
+        if isinstance(inner, dict):
+            fields = {"finish_reason": fields.get("finish_reason"), **inner}
+    return fields
+
+
+def read_text(answer: dict) -> str:
+    text = answer.get("output") or answer.get("content")
     if isinstance(text, list):
         parts = [{"text": part} if isinstance(part, str) else part for part in text]
+        if not all(isinstance(part, dict) for part in parts):
+            raise TypeError("the content is not text")
         parts = [part for part in parts if part.get("type", "text") in ("text", "output_text")]
         text = "".join(part["text"] for part in parts)
     if not isinstance(text, str | None):
         raise TypeError("the content is not text")
-    blocks = [text.strip()] if text else []
-    thought = answer.get("reasoning_content") or answer.get("reasoning") or answer.get("thinking")
-    if isinstance(thought, str) and thought.strip() and "<think>" not in (text or ""):
-        blocks.insert(0, f"<think>{thought.strip()}</think>")
-    calls = [tool_call["function"] for tool_call in answer.get("tool_calls") or []]
+    return (text or "").strip()
+
+
+def read_call_fields(answer: dict) -> list[str]:
+    """The calls in tool_calls and function_call as <tool_call> blocks."""
+    calls = answer.get("tool_calls") or []
+    calls = json.loads(calls) if isinstance(calls, str) else calls
+    calls = calls if isinstance(calls, list) else [calls]
     if answer.get("function_call"):
-        calls.append(answer["function_call"])
-    call_blocks = []
-    for function in calls:
+        calls = [*calls, answer["function_call"]]
+    blocks = []
+    for call in calls:
+        if not isinstance(call, dict):
+            raise TypeError("a tool call is not an object with a name and arguments")
+        function = call.get("function") or call
         arguments = function.get("arguments")
         with contextlib.suppress(ValueError, TypeError, RecursionError):  # not JSON: kept as it is
             arguments = json.loads(arguments)
-        call = {"name": function["name"], "arguments": arguments}
-        call_blocks.append(f"<tool_call>\n{json.dumps(call, ensure_ascii=False)}\n</tool_call>")
-    if parse_calls(text or "") != parse_calls("\n".join(call_blocks)):  # else the text has them
-        blocks += call_blocks
-    return "\n".join(blocks), read_finish_reason(answer.get("finish_reason"))
+        text = json.dumps({"name": function["name"], "arguments": arguments}, ensure_ascii=False)
+        blocks.append(f"<tool_call>\n{text}\n</tool_call>")
+    return blocks
+
+
+def read_answer(answer: dict) -> tuple[str, str]:
+    """Return (text, finish reason) of an answer in OpenAI's fields.
+
+    Thoughts and calls in fields of their own become part of the text, unless it has them already.
+    """
+    text = read_text(answer)
+    pieces = [text] if text else []
+    thought = answer.get("reasoning_content") or answer.get("reasoning") or answer.get("thinking")
+    if isinstance(thought, str) and thought.strip() and "<think>" not in text:
+        pieces.insert(0, f"<think>{thought.strip()}</think>")
+    in_text = parse_calls(text) or []
+    for block in read_call_fields(answer):
+        calls = parse_calls(block)
+        if calls and calls[0] in in_text:
+            in_text.remove(calls[0])
+        else:
+            pieces.append(block)
+    return "\n".join(pieces), read_finish_reason(answer.get("finish_reason"))
 
 
 def find_message(body: Any) -> str:
@@ -1082,19 +1127,29 @@ def read_answered(results_dir: Path, run: dict) -> set[tuple[str, str]]:
 def match_answers(path: Path, queries: list[dict]) -> dict[tuple[str, str], tuple[str, str]]:
     """Return {query: (text, finish reason)} of the queries that a file of predictions answers."""
     answers = {}
+    model_turns = {str(query["conversation_id"]): query["model_turns"] for query in queries}
     for place, row in read_jsonl(path):
-        has_output = {"content", "output", "tool_calls", "function_call"} & set(row)
+        fields = find_fields(row)
         missing = [key for key in ("conversation_id", "turn") if key not in row]
-        missing += [] if has_output else ["output"]
+        missing += [] if set(OUTPUT_KEYS) & set(fields) else ["output"]
         if missing:
             fail(
-                f"{place} has no {missing[0]!r}; its keys are {', '.join(row)}. Each line "
-                "needs conversation_id, turn and output."
+                f"{place} has no {missing[0]!r}; its keys are {', '.join(row)}. Each line needs "
+                "conversation_id, turn and output, or OpenAI's content and tool_calls instead of "
+                "output."
             )
-        if key_of(row) in answers:
-            fail(f"{place} repeats an earlier prediction: {key_of(row)[0]}, turn {row['turn']}.")
+        conversation_id, turn = key = key_of(row)
+        if key in answers:
+            fail(f"{place} repeats an earlier prediction: {conversation_id}, turn {turn}.")
+        turns = model_turns.get(conversation_id, [turn])
+        if turn not in turns:
+            fail(
+                f"{place} has turn {turn} of conversation {conversation_id}, whose model turns are "
+                f"{', '.join(turns)}. Count the messages of the test split: system text is part of "
+                "the first turn, and neighboring results are one message."
+            )
         with exit_on_error(place):
-            answers[key_of(row)] = read_answer(row)
+            answers[key] = read_answer(fields)
     if not answers:
         fail(f"{path} contains no predictions.")
     ours = [key_of(query) for query in queries]
@@ -1687,10 +1742,13 @@ def compare_runs(
             f"{RUN_KEYS[key][0]}: {describe_value(run, key)} here, "
             f"{describe_value(theirs, key)} there"
             for key in keys
-            if run.get(key) != theirs.get(key)
+            if run.get(key) != theirs.get(key) and (key != "prompt_sha256" or is_recorded(key))
         ]
 
-    recorded = [key for key in REMARKED if None not in (run.get(key), theirs.get(key))]
+    def is_recorded(key: str) -> bool:
+        return None not in (run.get(key), theirs.get(key))
+
+    recorded = [key for key in REMARKED if is_recorded(key)]
     judged_there = {}
     if run["test_split_sha256"] == theirs.get("test_split_sha256"):
         judged_there = judge_predictions(folder / "predictions.jsonl", queries, seen_tools)
@@ -2022,10 +2080,10 @@ def should_generate(args: argparse.Namespace, results_dir: Path) -> bool:
     if args.show_failures or args.compare_with:
         check_same_run(describe_run(args), results_dir)
         return False
+    resume = "" if args.predictions else "--resume to finish the run, "
     fail(
-        f"{results_dir} already contains predictions. Use --resume to finish the run, "
-        "--rescore to compute the scores again, --overwrite to replace them, or --name to write to "
-        "another folder."
+        f"{results_dir} already contains predictions. Use {resume}--rescore to compute the "
+        "scores again, --overwrite to replace them, or --name to write to another folder."
     )
 
 
@@ -2075,6 +2133,8 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(
             "interrupted: to continue, run the same command with --resume (instead of --overwrite)"
         )
+    except BrokenPipeError:  # the reader of the output has ended, for example `head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
         place = f"{error.filename}: " if error.filename else ""
         fail(f"{place}{describe_error(error)}")

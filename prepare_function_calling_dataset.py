@@ -264,7 +264,7 @@ def load_folder(folder: Path, builder: DatasetBuilder, split: str | None) -> lis
     for name in names:
         if name not in files:
             raise ValueError(
-                f'there is no split "{name}" in this folder. Pick one of {", ".join(files)}.'
+                f'split "{name}" was not found in this folder. Pick one of {", ".join(files)}.'
             )
     paths = [path for name in names for path in files[name]]
     print_files(folder, paths)
@@ -519,7 +519,7 @@ def flatten_tools(value: Any) -> Iterator[dict]:
 
 
 def get_declarations(tool: dict) -> list:
-    """Return what a tool declares; Gemini's tools are lists of declarations."""
+    """Return the functions that a tool declares: one, or a list of them in Gemini's tools."""
     declarations = tool.get("function_declarations") or tool.get("functionDeclarations")
     return declarations if isinstance(declarations, list) else [tool.get("function") or tool]
 

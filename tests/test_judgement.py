@@ -596,6 +596,32 @@ def test_an_output_next_to_an_empty_content_is_read(tmp_path):
     assert evaluation.read_answer({"content": ["It ", {"text": "is 7."}]})[0] == "It is 7."
 
 
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda message: {"message": message},
+        lambda message: {"output": message},
+        lambda message: {"choices": [{"message": message, "finish_reason": "stop"}]},
+        lambda message: {"response": {"choices": [{"message": message}], "usage": {}}},
+    ],
+)
+def test_a_prediction_may_be_a_whole_completion(wrap, tmp_path):
+    rows = []
+    for row in ANSWERS:
+        place = {"conversation_id": row["conversation_id"], "turn": float(row["turn"])}
+        rows.append({**place, **wrap({"role": "assistant", "content": row["output"]})})
+    results = score_rows(tmp_path, rows)
+    assert read_metrics(results / "predictions-p")["scores"]["turn_right"]["value"] == 1 / 2
+
+
+def test_turns_that_are_counted_in_other_messages_are_refused(tmp_path):
+    """System text and parallel results shift the turns of a user's own rows."""
+    rows = [{**answer, "turn": int(answer["turn"]) + 1} for answer in ANSWERS]
+    words = "line 1 has turn 2 of conversation id-0, whose model turns are 1, 3"
+    with pytest.raises(SystemExit, match=words):
+        score_rows(tmp_path, rows)
+
+
 def test_missing_predictions_of_a_file_cause_a_warning(tmp_path, capsys):
     score_rows(tmp_path, ANSWERS[:1])
     printed = capsys.readouterr().out

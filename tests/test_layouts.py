@@ -870,7 +870,7 @@ BAD_FOLDERS = [
     ("b.jsonl", '{"messages": [', [], "b.jsonl: line 1 is not valid JSON"),
     ("b.jsonl.gz", "no gzip", [], "b.jsonl.gz: Not a gzipped file"),
     ("b.parquet", "no parquet", [], "b.parquet: Parquet"),
-    ("b.jsonl", "", ["--split", "dev"], 'no split "dev" in this folder. Pick one of train'),
+    ("b.jsonl", "", ["--split", "dev"], 'split "dev" was not found in this folder. Pick one of train'),
 ]
 
 

@@ -285,6 +285,9 @@ FIELDS = [
     ({"content": CALL, "tool_calls": [{"function": FUNCTION}]}, CALL),
     ({"content": "</tool_call>", "function_call": FUNCTION}, f"</tool_call>\n{CALL}"),
     ({"content": "<think>So</think>\nx", "reasoning": "So"}, f"{THINK}x"),
+    ({"output": f"{CALL}\n{CALL}", "content": "So", "tool_calls": [FUNCTION]}, f"{CALL}\n{CALL}"),
+    ({"content": None, "tool_calls": json.dumps([{"function": FUNCTION}])}, CALL),
+    ({"content": None, "tool_calls": FUNCTION}, CALL),
 ]
 
 
