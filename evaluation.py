@@ -294,10 +294,11 @@ def hash_file(path: Path) -> str:
 
 
 def key_of(query: dict) -> tuple[str, str]:
-    """What identifies a query. As text, since many tools write ids as numbers, even as 17.0."""
-    key = query["conversation_id"], query["turn"]
-    whole = [int(part) if isinstance(part, float) and part.is_integer() else part for part in key]
-    return str(whole[0]), str(whole[1])
+    """What identifies a query. As text, since many tools write ids as numbers, and turns as 1.0."""
+    turn = query["turn"]
+    if isinstance(turn, float) and turn.is_integer():
+        turn = int(turn)
+    return str(query["conversation_id"]), str(turn)
 
 
 def read_queries(path: Path, limit: int | None = None) -> list[dict]:
@@ -660,18 +661,21 @@ def read_finish_reason(reason: str | None) -> str:
 
 
 OUTPUT_KEYS = ("content", "output", "tool_calls", "function_call")
+WRAPPER_KEYS = ("response", "completion", "output", "choices", "message")
+TEXT_PART_TYPES = ("text", "output_text")
+THOUGHT_PART_TYPES = ("thinking", "redacted_thinking", "reasoning")
 
 
 def find_fields(row: dict) -> dict:
     """The fields of an answer: those of a row, or of the completion, choice or message in it."""
     fields = row
-    for key in ("response", "completion", "output", "choices", "message"):
+    for key in WRAPPER_KEYS:
         if any(isinstance(fields.get(name), str | list) for name in OUTPUT_KEYS):
             break
         inner = fields.get(key)
         if key == "choices" and isinstance(inner, list) and inner:
             inner = inner[0]
-        if isinstance(inner, dict):
+        if isinstance(inner, dict) and not inner.keys().isdisjoint(OUTPUT_KEYS + WRAPPER_KEYS):
             fields = {"finish_reason": fields.get("finish_reason"), **inner}
     return fields
 
@@ -682,7 +686,10 @@ def read_text(answer: dict) -> str:
         parts = [{"text": part} if isinstance(part, str) else part for part in text]
         if not all(isinstance(part, dict) for part in parts):
             raise TypeError("the content is not text")
-        parts = [part for part in parts if part.get("type", "text") in ("text", "output_text")]
+        kinds = [part.get("type", "text") for part in parts]
+        if not {*kinds} <= {*TEXT_PART_TYPES, *THOUGHT_PART_TYPES}:
+            raise TypeError(f"the content has parts of the types {', '.join(map(str, kinds))}")
+        parts = [part for part in parts if part.get("type", "text") in TEXT_PART_TYPES]
         text = "".join(part["text"] for part in parts)
     if not isinstance(text, str | None):
         raise TypeError("the content is not text")
@@ -712,20 +719,15 @@ def read_call_fields(answer: dict) -> list[str]:
 def read_answer(answer: dict) -> tuple[str, str]:
     """Return (text, finish reason) of an answer in OpenAI's fields.
 
-    Thoughts and calls in fields of their own become part of the text, unless it has them already.
+    Thoughts and calls in fields of their own become part of the text, unless it contains any.
     """
     text = read_text(answer)
     pieces = [text] if text else []
     thought = answer.get("reasoning_content") or answer.get("reasoning") or answer.get("thinking")
     if isinstance(thought, str) and thought.strip() and "<think>" not in text:
         pieces.insert(0, f"<think>{thought.strip()}</think>")
-    in_text = parse_calls(text) or []
-    for block in read_call_fields(answer):
-        calls = parse_calls(block)
-        if calls and calls[0] in in_text:
-            in_text.remove(calls[0])
-        else:
-            pieces.append(block)
+    if not parse_calls(text):
+        pieces += read_call_fields(answer)
     return "\n".join(pieces), read_finish_reason(answer.get("finish_reason"))
 
 
@@ -2133,8 +2135,6 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(
             "interrupted: to continue, run the same command with --resume (instead of --overwrite)"
         )
-    except BrokenPipeError:  # the reader of the output has ended, for example `head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
         place = f"{error.filename}: " if error.filename else ""
         fail(f"{place}{describe_error(error)}")

@@ -1202,7 +1202,7 @@ def check_merged_model(args: argparse.Namespace, may_replace: bool) -> None:
 
 
 def is_merged_model(folder: Path) -> bool:
-    """Whether --merge wrote a folder. Both it and an adapter's folder have training_run.json."""
+    """Whether --merge wrote a folder. An adapter's folder has training_run.json, too."""
     is_adapter = (folder / "adapter_config.json").is_file()
     return (folder / "training_run.json").is_file() and not is_adapter
 
@@ -1449,9 +1449,8 @@ def describe_scores(args: argparse.Namespace) -> str:
     paths = sorted(Path("evaluation_results", args.model_name).glob("*/metrics.json"))
     evaluations = []
     for path in paths:
-        with contextlib.suppress(
-            OSError, ValueError, KeyError, TypeError
-        ):  # damaged, or without an adapter
+        # Skip files that are damaged, and runs without an adapter.
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             metrics = json.loads(path.read_text(encoding="utf-8"))
             if metrics["run"]["adapter_sha256"] == adapter_sha256:
                 evaluations.append(metrics)

@@ -260,7 +260,8 @@ def load_folder(folder: Path, builder: DatasetBuilder, split: str | None) -> lis
     if split is None:
         split = "test" if "test" in files else next(iter(files))
     split = "+".join(files) if split == "all" else split
-    names = [part.split("[")[0].strip() for part in split.split("+")]  # as in train[:100]+test
+    parts = split.split("+")  # as in train[:100]+test
+    names = list(dict.fromkeys(part.split("[")[0].strip() for part in parts))
     for name in names:
         if name not in files:
             raise ValueError(
@@ -324,8 +325,8 @@ def explain_load_error(name: str, error: Exception) -> str:
         )
     if match := re.search(r"Config name is missing.* available configs: \[(.*?)\]", reason):
         return (
-            f"{name} has several configurations. Pick one of {match[1]} with --config. It applies "
-            "to --dataset only, so pass a file as --test-dataset."
+            f"{name} has several configurations. Pick one of {match[1]} with --config or, for "
+            "--test-dataset, pass a file."
         )
     if "Couldn't reach" in reason:
         return (
@@ -871,8 +872,11 @@ def has_same_calls(text: str, calls: list[dict]) -> bool:
 def are_same_calls(calls: list[dict], others: list[dict]) -> bool:
     """Return whether two lists have the same calls, apart from ids, spacing and nulls."""
 
-    def comparable(call: dict) -> tuple[str, str]:  # in JSON, 1 is not true
-        arguments = drop_nulls(json.loads(call["arguments"]))
+    def read_number(text: str) -> int | float:
+        return int(float(text)) if float(text).is_integer() else float(text)
+
+    def comparable(call: dict) -> tuple[str, str]:  # 1 is 1.0, but it is not true
+        arguments = drop_nulls(json.loads(call["arguments"], parse_float=read_number))
         return call["name"], json.dumps(arguments, sort_keys=True)
 
     return list(map(comparable, calls)) == list(map(comparable, others))
@@ -986,9 +990,10 @@ def split_glaive_system(text: str) -> tuple[str, list[dict]]:
 
 
 def are_tools(values: list[dict]) -> bool:
-    names = [name for value in values for name in get_names(value)]
+    if any(None in get_names(value) for value in values):
+        return False
     keys = [key for value in values for item in get_declarations(value) for key in item]
-    return None not in names and not TOOL_DETAILS.isdisjoint(keys)
+    return not TOOL_DETAILS.isdisjoint(keys)
 
 
 def read_glaive_call(text: str) -> dict:
@@ -1093,8 +1098,8 @@ def order_results(results: list[dict], calls: list[dict], notices: Counter) -> l
     """Return tool messages in the order of their calls.
 
     They are matched by id if every id fits a call, or else by name if every name does. Otherwise
-    their order is kept. Results with the same id or name belong to their calls in order, and those
-    that are left over to the last call.
+    their order is kept. Results with the same id or name belong to their calls in order, and extra
+    ones to the last such call.
     """
     for call_key, result_key in (("id", "tool_call_id"), ("name", "name")):
         places: dict[str, list[int]] = {}

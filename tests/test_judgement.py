@@ -614,6 +614,22 @@ def test_a_prediction_may_be_a_whole_completion(wrap, tmp_path):
     assert read_metrics(results / "predictions-p")["scores"]["turn_right"]["value"] == 1 / 2
 
 
+UNREADABLE_PREDICTIONS = [
+    ({"output": {"text": "x"}}, "the content is not text"),
+    ({"output": [{"type": "message", "content": []}]}, "has parts of the types message"),
+    ({"output": [5]}, "the content is not text"),
+    ({"tool_calls": ["f"]}, "a tool call is not an object with a name and arguments"),
+    ({"text": "x"}, "has no 'output'.*output, or OpenAI's content and tool_calls instead"),
+]
+
+
+@pytest.mark.parametrize("fields, words", UNREADABLE_PREDICTIONS)
+def test_an_unreadable_prediction_of_a_file_prints_one_line(fields, words, tmp_path):
+    place = {"conversation_id": "id-0", "turn": 1}
+    with pytest.raises(SystemExit, match=f"^error: [^\n]*line 1[^\n]*{words}[^\n]*$"):
+        score_rows(tmp_path, [{**place, **fields}])
+
+
 def test_turns_that_are_counted_in_other_messages_are_refused(tmp_path):
     """System text and parallel results shift the turns of a user's own rows."""
     rows = [{**answer, "turn": int(answer["turn"]) + 1} for answer in ANSWERS]

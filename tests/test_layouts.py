@@ -281,7 +281,8 @@ def test_arguments_in_json_text_are_written_without_unicode_escapes(spelled, exp
 def test_the_same_call_in_two_fields_may_be_spelled_differently():
     old = {"name": "depth", "arguments": '{"port":"Ulm"}'}
     assert texts(ASK, calls(tool_call(), function_call=old))[1] == call()
-    one, true = ({"name": "f", "arguments": {"x": value}} for value in (1, True))
+    one, true, float_one = ({"name": "f", "arguments": {"x": x}} for x in (1, True, 1.0))
+    assert texts(ASK, calls(one, function_call=float_one))[1] == call(name="f", spelled='{"x": 1}')
     with pytest.raises(ValueError, match="differs from its other calls"):
         texts(ASK, calls(one, function_call=true))
 
@@ -585,9 +586,9 @@ def test_only_the_tools_are_removed_from_the_system_text_of_a_raw_glaive_row():
 def test_an_object_without_description_and_parameters_is_not_a_tool_of_a_raw_glaive_row():
     chat = "USER: Hi\n\n\nASSISTANT: Hello <|endoftext|>"
     tools = [TOOL, {"name": "get_time"}, {"name": "f", "inputSchema": {}, "function": None}]
-    system = f'The user is {{"name": "Ada", "age": 36}}.\n{json.dumps(tools)}'
-    record = prepare.convert_row({"system": system, "chat": chat})
-    assert record["messages"][0]["content"].startswith('The user is {"name": "Ada", "age": 36}.')
+    start = 'The user is {"name": "Ada", "age": 36}. {"function": 1}'
+    record = prepare.convert_row({"system": f"{start}\n{json.dumps(tools)}", "chat": chat})
+    assert record["messages"][0]["content"].startswith(start)
     assert len(json.loads(record["tools"])) == 3
 
 
@@ -870,7 +871,12 @@ BAD_FOLDERS = [
     ("b.jsonl", '{"messages": [', [], "b.jsonl: line 1 is not valid JSON"),
     ("b.jsonl.gz", "no gzip", [], "b.jsonl.gz: Not a gzipped file"),
     ("b.parquet", "no parquet", [], "b.parquet: Parquet"),
-    ("b.jsonl", "", ["--split", "dev"], 'split "dev" was not found in this folder. Pick one of train'),
+    (
+        "b.jsonl",
+        "",
+        ["--split", "dev"],
+        'split "dev" was not found in this folder. Pick one of train',
+    ),
 ]
 
 

@@ -37,7 +37,7 @@ def attend(module, query, key, value, attention_mask, scaling=None, **options):
     outputs = []
     for begin in range(0, num_tokens, BLOCK):
         end = min(begin + BLOCK, num_tokens)
-        first = max(0, begin - window)
+        first = max(0, begin - window + 1)
         positions = torch.arange(begin, end)[:, None]
         positions_of_keys = torch.arange(first, end)[None]
         distances = positions - positions_of_keys
