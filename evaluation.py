@@ -1652,10 +1652,13 @@ def estimate(turns: list[dict], other: list[dict] | None = None) -> dict[str, di
 
 def summarize(turns: list[dict]) -> dict:
     """The scores of judged turns, and how often each thing went wrong."""
+    return {"queries": len(turns), "scores": estimate(turns), **count_outcomes(turns)}
+
+
+def count_outcomes(turns: list[dict]) -> dict:
+    """How often each thing went wrong in judged turns."""
     calls = [problems for turn in turns for problems in turn["problems"]]
     return {
-        "queries": len(turns),
-        "scores": estimate(turns),
         "failures": Counter(turn["failure"] for turn in turns if turn["failure"]),
         "finish_reasons": Counter(read_finish_reason(turn["finish_reason"]) for turn in turns),
         "problems": Counter(word for problems in calls for word in problems or []),
@@ -1956,7 +1959,7 @@ def report_results(
         if has_others:
             without_repeated = make_columns(label, turns, comparison, with_repeated=False)
             print(f"{format_scores(without_repeated, metrics=MAIN_METRICS)}\n")
-    print_counts(summarize(in_table))
+    print_counts(count_outcomes(in_table))
     num_calls = columns[label].get("turn_right", {}).get("n", 0)
     if 0 < num_calls < ENOUGH_CALLS:
         print(

@@ -260,8 +260,8 @@ def load_folder(folder: Path, builder: DatasetBuilder, split: str | None) -> lis
     if split is None:
         split = "test" if "test" in files else next(iter(files))
     split = "+".join(files) if split == "all" else split
-    parts = split.split("+")  # as in train[:100]+test
-    names = list(dict.fromkeys(part.split("[")[0].strip() for part in parts))
+    pieces = split.split("+")  # as in train[:100]+test
+    names = list(dict.fromkeys(piece.split("[")[0].strip() for piece in pieces))
     for name in names:
         if name not in files:
             raise ValueError(
