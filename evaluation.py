@@ -293,6 +293,15 @@ def hash_file(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
+def hash_weights(model_dir: Path) -> str:
+    """One sha256 of all weights of a local model: the name of its folder does not identify it."""
+    digest = hashlib.sha256()
+    for path in sorted(model_dir.glob("*.safetensors")):
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
 def key_of(query: dict) -> tuple[str, str]:
     """What identifies a query. As text, since many tools write ids as numbers, and turns as 1.0."""
     turn = query["turn"]
@@ -796,7 +805,9 @@ async def send_request(client: "httpx2.AsyncClient", url: str, request: dict) ->
     try:
         response = await client.post(url, json=request)
     except httpx2.ReadTimeout:
-        raise ServerError(f"no answer within {REQUEST_TIMEOUT} seconds") from None
+        raise ServerError(
+            f"no answer within {REQUEST_TIMEOUT} seconds; a lower --concurrency may help"
+        ) from None
     except httpx2.TransportError as error:
         place = url.partition("?")[0]
         raise ServerError(f"no connection to {place}: {describe_error(error)}", True) from None
@@ -822,7 +833,7 @@ async def ask_query(
                 text, finish_reason = await send_request(client, url, request)
                 return query, text, finish_reason, None
             except ServerError as error:
-                if "max_tokens" in request and "max_completion_tokens" in str(error):
+                if "max_tokens" in request and "Use 'max_completion_tokens'" in str(error):
                     # OpenAI's newer models insist on this name. All later requests use it, too.
                     options["max_completion_tokens"] = request["max_tokens"]
                     options.pop("max_tokens", None)
@@ -914,6 +925,7 @@ RUN_KEYS = {
     "source": ("source", None),
     "model_path": ("--model", None),
     "commit": ("model commit", None),
+    "weights_sha256": ("model", "model_path"),
     "dtype": ("--dtype", None),
     "adapter_sha256": ("adapter", "adapter"),
     "predictions_sha256": ("predictions file", "predictions"),
@@ -951,6 +963,8 @@ class PredictionWriter:
         self.results_dir = results_dir
         self.run = run
         self.scorer = scorer
+        added = scorer.get_added_tokens_decoder()
+        self.special_ids = {token for token in added if added[token].special}
         self.is_resumed = is_resumed
         self.path = results_dir / "predictions.jsonl"
         self.file = None
@@ -963,23 +977,25 @@ class PredictionWriter:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
         if self.file:
             self.file.close()
+        elif error is KeyboardInterrupt:
+            sys.exit("interrupted before the first answer: run the same command again")
 
     def write(self, query: dict, output: str, finish_reason: str, error: str | None = None) -> None:
         """Score the answer to a query and append it."""
+        if finish_reason == "failed":
+            output = ""
         output = output.strip().encode(errors="replace").decode()  # without lone surrogates
-        kind = "function_calling" if "<tool_call>" in query["reference"] else "helpful_exchange"
-        reference_ids = self.scorer.encode(query["reference"], add_special_tokens=False).ids
-        output_ids = self.scorer.encode(output, add_special_tokens=False).ids
+        kind = "helpful_exchange" if parse_calls(query["reference"]) == [] else "function_calling"
         prediction = {
             "conversation_id": query["conversation_id"],
             "turn": query["turn"],
             "reference": query["reference"],
             "kind": kind,
             "output": output,
-            "score": score_output(kind, reference_ids, output_ids),
+            "score": score_output(kind, self.tokenize(query["reference"]), self.tokenize(output)),
             "finish_reason": finish_reason,
         }
         if finish_reason == "failed":
@@ -994,6 +1010,10 @@ class PredictionWriter:
             self.unwritten.clear()
         self.num_answered += finish_reason != "failed"
         self.print_progress()
+
+    def tokenize(self, text: str) -> list[int]:
+        ids = self.scorer.encode(text, add_special_tokens=False).ids
+        return [token for token in ids if token not in self.special_ids]
 
     def print_progress(self) -> None:
         """Print a line at most once a minute where no terminal shows the progress bar."""
@@ -1053,6 +1073,7 @@ def describe_run(args: argparse.Namespace) -> dict:
         "model": name_of(args.model),
         "model_path": str(model_dir.resolve()) if model_dir.is_dir() else args.model,
         "commit": None,
+        "weights_sha256": None,
         "dtype": args.dtype,
         "uses_baseline_template": args.baseline,
         "max_new_tokens": args.max_new_tokens,
@@ -1072,7 +1093,9 @@ def describe_run(args: argparse.Namespace) -> dict:
         run["predictions"] = str(args.predictions)
         if args.predictions.is_file():
             run["predictions_sha256"] = hash_file(args.predictions)
-    elif not args.baseline:
+    elif model_dir.is_dir():
+        run["weights_sha256"] = hash_weights(model_dir)
+    if source == "adapter":
         run["adapter"] = args.adapter or str(default_adapter(args.model))
         weights = Path(run["adapter"]).expanduser() / "adapter_model.safetensors"
         if weights.is_file():
@@ -1114,16 +1137,15 @@ def check_same_run(run: dict, results_dir: Path) -> None:
         )
 
 
-def read_answered(results_dir: Path, run: dict) -> set[tuple[str, str]]:
-    """Return the queries that the unfinished run in a folder has answered."""
+def read_finish_reasons(results_dir: Path, run: dict) -> dict[tuple[str, str], str]:
+    """Return {query: finish reason} of the predictions of the unfinished run in a folder."""
     path = results_dir / "predictions.jsonl"
     if not path.exists():
-        return set()
+        return {}
     check_same_run(run, results_dir)
     # The last line may be incomplete after a kill.
     os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
-    predictions = {key_of(prediction): prediction for _, prediction in read_jsonl(path)}
-    return {key for key, found in predictions.items() if found["finish_reason"] != "failed"}
+    return {key_of(prediction): prediction["finish_reason"] for _, prediction in read_jsonl(path)}
 
 
 def match_answers(path: Path, queries: list[dict]) -> dict[tuple[str, str], tuple[str, str]]:
@@ -1191,8 +1213,10 @@ def write_predictions(args: argparse.Namespace, results_dir: Path, queries: list
         device, dtype = choose_device(args.dtype)
         run["dtype"] = str(dtype).removeprefix("torch.")
         print(f"Model       {describe_model(args, adapter_dir, run['dtype'], device)}", flush=True)
-    answered = read_answered(results_dir, run) if args.resume else set()
-    unanswered = [query for query in queries if key_of(query) not in answered]
+    earlier = read_finish_reasons(results_dir, run) if args.resume else {}
+    unanswered = [query for query in queries if earlier.get(key_of(query), "failed") == "failed"]
+    # Failed queries come last, because they may fail again, and too many failures end the run.
+    unanswered.sort(key=lambda query: key_of(query) in earlier)
     if args.predictions:
         unanswered = [query for query in unanswered if key_of(query) in answers_of_file]
     if args.baseline:
@@ -1202,7 +1226,7 @@ def write_predictions(args: argparse.Namespace, results_dir: Path, queries: list
     if not unanswered:
         return
     with PredictionWriter(
-        results_dir, run, scorer, len(unanswered), is_resumed=bool(answered)
+        results_dir, run, scorer, len(unanswered), is_resumed=bool(earlier)
     ) as writer:
         if args.predictions:
             for query in unanswered:
@@ -1217,10 +1241,10 @@ def write_predictions(args: argparse.Namespace, results_dir: Path, queries: list
             for query, text, finish_reason in progress:
                 writer.write(query, text, finish_reason)
     if writer.unwritten:
-        earlier = " --rescore reports the earlier answers." if answered else ""
+        advice = " --rescore reports the earlier answers." if earlier else ""
         fail(
             f"none of the {len(writer.unwritten)} queries was answered, so nothing was saved."
-            f"{earlier} The first error: {writer.first_error}"
+            f"{advice} The first error: {writer.first_error}"
         )
 
 
@@ -1264,12 +1288,14 @@ TYPE_NAMES = {
     **dict.fromkeys(["nonetype", "none"], "null"),
     **dict.fromkeys(["union", "optional", "type_unspecified"], "any"),
 }
-SCHEMA_KEYS = [  # where a tool's parameters are: OpenAI, Anthropic, MCP, Gemini
+JSON_TYPES = ["string", "number", "integer", "boolean", "array", "object", "null", "any"]
+SCHEMA_KEYS = [  # where a tool's parameters are: OpenAI, Anthropic, MCP, Gemini, smolagents
     "parameters",
     "input_schema",
     "inputSchema",
     "parametersJsonSchema",
     "parameters_json_schema",
+    "inputs",
 ]
 # Keywords of JSON Schema whose values are objects. They must not be mistaken for flat parameters.
 OBJECT_KEYWORDS = {
@@ -1322,7 +1348,11 @@ def read_call(text: str) -> dict:
 
 
 def parse_calls(text: str) -> list[dict] | None:
-    """Return the calls of a turn, or None if one of them is malformed."""
+    """Return the calls of a turn, or None if one of them is malformed.
+
+    A call inside a thought is only a draft.
+    """
+    text = re.sub("<think>.*?</think>", "", text, flags=re.DOTALL)
     tags = re.findall("</?tool_call>", text)
     if tags != ["<tool_call>", "</tool_call>"] * (len(tags) // 2):
         return None
@@ -1357,14 +1387,19 @@ def read_schema(part: dict) -> dict:
 def read_parameters(function: dict) -> Any:
     """The schema of a function's parameters; {} if it declares none.
 
-    Flat parameters are {argument: its declaration}, without "properties".
+    Flat parameters are {argument: its declaration or the name of its type}, without "properties".
     """
     schema = next((function[key] for key in SCHEMA_KEYS if function.get(key)), {})
     if not isinstance(schema, dict) or "properties" in schema:
         return schema
-    flat = {name: value for name, value in schema.items() if isinstance(value, dict)}
-    others = {name: value for name, value in schema.items() if name not in flat}
     known = {"type", "required", "title", "description", "additionalProperties", "nullable"}
+    flat = {}
+    for name, value in schema.items():
+        if isinstance(value, dict):
+            flat[name] = value
+        elif name not in known and read_type(value) in JSON_TYPES:
+            flat[name] = read_schema({"type": value})
+    others = {name: value for name, value in schema.items() if name not in flat}
     if not flat or OBJECT_KEYWORDS & set(flat) or not known.issuperset(others):
         return schema
     required = list(others.pop("required", []))
@@ -1478,7 +1513,7 @@ def find_problems(call: dict, tools: dict[str, dict | None] | None) -> list[str]
             keywords.add("additionalProperties")
     except Exception:  # the schema is unreadable, or fails only when it is used
         return None
-    return sorted({PROBLEMS.get(keyword, "wrong type") for keyword in keywords})
+    return sorted({PROBLEMS.get(keyword, "wrong type or value") for keyword in keywords})
 
 
 # ---- Judge: a turn against its reference
@@ -1692,7 +1727,7 @@ PUBLISHED = {
 
 # Two runs are compared only if these agree; a difference in the second list is pointed out.
 CONDITIONS = ["test_split_sha256", "prompt_sha256", "max_new_tokens"]
-REMARKED = ["model_path", "commit", "dtype"]
+REMARKED = ["model_path", "commit", "weights_sha256", "dtype"]
 
 
 class Comparison(NamedTuple):
@@ -1757,7 +1792,8 @@ def compare_runs(
     judged_there = {}
     if run["test_split_sha256"] == theirs.get("test_split_sha256"):
         judged_there = judge_predictions(folder / "predictions.jsonl", queries, seen_tools)
-    both = [key for key in judged if key in judged_there]
+    answered_there = {key for key in judged_there if judged_there[key]["failure"] != "failed"}
+    both = [key for key in judged if key in answered_there and judged[key]["failure"] != "failed"]
     is_ambiguous = folder.name in (results_dir.name, "difference")
     return Comparison(
         folder=folder,
@@ -1978,10 +2014,13 @@ def print_comparison(comparison: Comparison | None) -> None:
         print(f"No comparison with {comparison.folder}/, because these differ:")
         print(textwrap.indent("\n".join(comparison.conditions), "            "))
     elif not comparison.ours:
-        print(f"No comparison with {comparison.folder}/: it has no prediction for these queries")
+        print(f"No comparison with {comparison.folder}/: it has no answer to these queries")
     else:
         num_shared = len(comparison.ours)
-        print(f"Compared    with {comparison.folder}/ on the {num_shared:,} queries in both runs")
+        print(
+            f"Compared    with {comparison.folder}/ on the {num_shared:,} queries that both runs "
+            "answered"
+        )
     if comparison.is_limit_unknown and not comparison.conditions:
         print(
             "Note        predictions made elsewhere do not record their token limit, so "
@@ -2071,6 +2110,9 @@ def next_command(args: argparse.Namespace, argv: list[str]) -> str:
         return training_command(args)
     if args.baseline and is_trained and not args.server and not args.name:
         flags.remove("--baseline")
+        results_dir = args.output_dir / name_of(args.model) / FINE_TUNED
+        if (results_dir / "predictions.jsonl").exists():
+            flags.append("--rescore")
         return shlex.join(["python", "evaluation.py", *flags])
     return shlex.join(["python", "evaluation.py", *flags, "--show-failures", "10"])
 

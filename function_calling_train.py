@@ -232,7 +232,7 @@ CHAT_TEMPLATE = r"""
 {{- bos_token -}}
 {%- set found = namespace(system='', tools=tools, is_start=true, has_asked=false, text='',
     calls=[], results=[], ordered=[], matched=[], used=[], call_keys=[], is_answered=false,
-    shown='\n', shows_tools=true, carries_loss=true) -%}
+    shown='\n', shows_tools=true, spoken='', carries_loss=true) -%}
 {%- for message in messages -%}
     {%- set role = role_of(message) -%}
     {%- set ends_turn = loop.last or role_of(messages[loop.index]) != role -%}
@@ -276,7 +276,14 @@ CHAT_TEMPLATE = r"""
         {%- set text = text_of(message.content or message.refusal) -%}
         {%- set text = thoughts_of(message, text) + (text if text | trim else '') -%}
         {%- set old_call = [message.function_call] if message.function_call else [] -%}
-        {%- set has_calls = '<tool_call>' in text and '</tool_call>' in text -%}
+        {#- A call inside a thought is only a draft. #}
+        {%- set found.spoken = '' -%}
+        {%- for piece in text.split('<think>') -%}
+            {%- set parts = piece.split('</think>') | list -%}
+            {%- set is_thought = not loop.first and parts | length > 1 -%}
+            {%- set found.spoken = found.spoken + (parts[1:] | join if is_thought else piece) -%}
+        {%- endfor -%}
+        {%- set has_calls = '<tool_call>' in found.spoken and '</tool_call>' in found.spoken -%}
         {%- set calls = message.tool_calls or old_call -%}
         {%- set found.calls = found.calls + calls -%}
         {%- for piece in [text, '' if has_calls else calls_of(calls)] if piece | trim -%}
@@ -304,7 +311,7 @@ CHAT_TEMPLATE = r"""
                 {%- for call in found.calls -%}
                     {%- set key = call.id if use_id
                         else (call.function or call).name or call.name -%}
-                    {%- set has_key = key is defined and key is not none -%}
+                    {%- set has_key = key is defined and key is not none and key ~ '' -%}
                     {%- set found.call_keys = found.call_keys + [key ~ '' if has_key else none] -%}
                 {%- endfor -%}
                 {%- for key in found.call_keys -%}

@@ -480,6 +480,7 @@ def report_unread(mapping: dict, place: str, notices: Counter) -> None:
 # ---- Tools
 
 UNREADABLE_TOOLS = "tools that cannot be read"
+SCHEMA_KEYS = ["parameters", "input_schema", "inputSchema"]
 
 # Where datasets keep a row's tools.
 TOOL_KEYS = [
@@ -493,6 +494,7 @@ TOOL_KEYS = [
     "available_functions",
     "function_definitions",
     "function_declarations",
+    "xml_tools",
 ]
 
 
@@ -514,9 +516,20 @@ def flatten_tools(value: Any) -> Iterator[dict]:
     elif isinstance(value, dict) and list(value) == ["tools"]:  # the answer of an MCP server
         yield from flatten_tools(value["tools"])
     elif isinstance(value, dict):
-        yield from [value] if value else []
+        yield from [read_tool(value)] if value else []
     elif value is not None:
         raise ValueError("a tool that is not an object")
+
+
+def read_tool(tool: dict) -> dict:
+    """Return a tool whose function and schema are objects. Some files have them as JSON text."""
+    parts = {}
+    for key, value in tool.items():
+        is_json = isinstance(value, str) and value.lstrip().startswith("{")
+        if is_json and key in ("function", *SCHEMA_KEYS):
+            value = parse_nested(value)
+        parts[key] = read_tool(value) if key == "function" and isinstance(value, dict) else value
+    return parts
 
 
 def get_declarations(tool: dict) -> list:
@@ -569,17 +582,24 @@ def read_declarations(sources: list) -> tuple[list[dict], int]:
     return tools, num_unreadable
 
 
-def collect_tools(sources: list, prompt: str, notices: Counter) -> tuple[list[dict], bool, bool]:
+def collect_tools(
+    sources: list, messages: list[dict], notices: Counter
+) -> tuple[list[dict], bool, bool]:
     """Return (a row's tools, whether all of them can be read, whether the prompt shows them).
 
-    The tools are those that `sources` declare, or else those that the prompt shows.
+    The tools are those that `sources` declare, or else those that the prompt shows, in <tools>
+    blocks or as in Glaive's system texts.
     """
+    first = itertools.takewhile(lambda message: message["role"] in ("system", "user"), messages)
+    prompt = "\n\n".join(message["content"] for message in first)
     tools, num_unreadable = read_declarations(sources)
     is_shown = not tools or shows_tools(prompt, [n for tool in tools for n in get_names(tool)])
     if not tools:
         shown = [block for block in find_tool_blocks(prompt) if block.startswith(("[", "{"))]
         tools, num_unreadable_shown = read_declarations(shown)
         num_unreadable += num_unreadable_shown
+    if not tools and not num_unreadable:
+        tools = split_glaive_system(get_system_text(messages))[1]
     num_nameless = sum(None in get_names(tool) for tool in tools)
     if num_unreadable or num_nameless:
         notices["noticed", UNREADABLE_TOOLS] += num_unreadable + num_nameless
@@ -699,6 +719,7 @@ def read_calls(value: Any, notices: Counter) -> list[dict]:
     if isinstance(calls, list) and len(calls) == 1 and isinstance(calls[0], list):
         calls = calls[0]
     calls = calls if isinstance(calls, list) else [calls]
+    calls = [call for call in calls if has_content(call)]
     return [read_call(call, isinstance(value, str), notices) for call in calls]
 
 
@@ -846,6 +867,8 @@ def read_assistant_message(message: dict, is_call_turn: bool, notices: Counter) 
         if not has_content(more):  # also where Arrow filled in all keys of a call
             continue
         more = read_calls(more, notices)
+        if not more:  # "[]" or "null" as text
+            continue
         if not tool_calls:
             tool_calls = more
         elif not are_same_calls(tool_calls, more):
@@ -855,8 +878,14 @@ def read_assistant_message(message: dict, is_call_turn: bool, notices: Counter) 
     return {"content": text, "tool_calls": tool_calls}
 
 
+def drop_thoughts(text: str) -> str:
+    """Leave out the <think> blocks of a text: a call inside a thought is only a draft."""
+    return re.sub("<think>.*?</think>", "", text, flags=re.DOTALL)
+
+
 def contains_calls(text: str) -> bool:
     """Return whether a text has a <tool_call> block. The opening tag alone is not enough."""
+    text = drop_thoughts(text)
     return "<tool_call>" in text and "</tool_call>" in text
 
 
@@ -892,7 +921,7 @@ def normalize_message(message: Any, notices: Counter) -> dict:
         raise ValueError("a turn that is not an object with a role")
     message = drop_missing(message)
     if "parts" in message:
-        raise ValueError('Gemini\'s "parts" are not supported')
+        raise ValueError('messages with "parts" (Gemini, Vercel AI) are not supported')
     spelled = take(message, "role", "from")
     if spelled is None and message.get("type") in LANGCHAIN_TYPES:
         spelled = message.pop("type")
@@ -937,6 +966,8 @@ def read_sharegpt(row: dict) -> list:
 def read_xlam(row: dict) -> list:
     """{"query", "answers": calls}, one question and the calls that answer it."""
     calls = row.pop("answers")
+    if calls in ([], "[]"):
+        raise ValueError('no calls in "answers"')
     return [
         {"role": "user", "content": row.pop("query")},
         {"role": "assistant", "tool_calls": calls},
@@ -968,9 +999,6 @@ def read_glaive(row: dict) -> list:
     return messages
 
 
-TOOL_DETAILS = {"description", "parameters", "input_schema", "inputSchema"}
-
-
 def split_glaive_system(text: str) -> tuple[str, list[dict]]:
     """Return (system text without the tools, tools).
 
@@ -993,7 +1021,7 @@ def are_tools(values: list[dict]) -> bool:
     if any(None in get_names(value) for value in values):
         return False
     keys = [key for value in values for item in get_declarations(value) for key in item]
-    return not TOOL_DETAILS.isdisjoint(keys)
+    return not {"description", *SCHEMA_KEYS}.isdisjoint(keys)
 
 
 def read_glaive_call(text: str) -> dict:
@@ -1079,9 +1107,7 @@ def normalize_row(row: Any, notices: Counter) -> Conversation:
     for message in messages:
         sources += message.get("tools", [])
     report_unread(row, "row", notices)
-    prompt = itertools.takewhile(lambda m: m["role"] in ("system", "user"), messages)
-    prompt = "\n\n".join(message["content"] for message in prompt)
-    return Conversation(row_id, messages, *collect_tools(sources, prompt, notices))
+    return Conversation(row_id, messages, *collect_tools(sources, messages, notices))
 
 
 def take_tools(mapping: dict) -> list:
@@ -1104,7 +1130,7 @@ def order_results(results: list[dict], calls: list[dict], notices: Counter) -> l
     for call_key, result_key in (("id", "tool_call_id"), ("name", "name")):
         places: dict[str, list[int]] = {}
         for place, call in enumerate(calls):
-            if call[call_key] is not None:
+            if call[call_key] not in (None, ""):
                 places.setdefault(str(call[call_key]), []).append(place)
         if all(str(result[result_key]) in places for result in results):
             placed = []
@@ -1252,14 +1278,15 @@ FOREIGN_MARKERS = [
     "```tool_code",
     "Action Input:",
 ]
+UNREADABLE_CALLS = "calls that cannot be read"
 FOREIGN_CALLS = "turns with calls in an unsupported format, kept as text"
-ARGUMENT_WORDS = ['"arguments"', '"parameters"', '"args"', '"input"', '"action_input"']
+FOREIGN_ARGUMENT_KEYS = ["arguments", "parameters", "args", "input", "action_input"]
 
 
 def find_foreign_call(text: str, names: set[str]) -> str | None:
     """Name the unsupported format in which the text of a turn seems to make a call, if any."""
-    text = re.sub("<tool_call>.*?(</tool_call>|\\Z)", "", text, flags=re.DOTALL)
-    text = re.sub("<think>.*?</think>", "", text, flags=re.DOTALL).strip()
+    text = drop_thoughts(text)
+    text = re.sub("<tool_call>.*?(</tool_call>|\\Z)", "", text, flags=re.DOTALL).strip()
     for marker in FOREIGN_MARKERS:
         if marker in text:
             return marker
@@ -1267,16 +1294,21 @@ def find_foreign_call(text: str, names: set[str]) -> str | None:
     if re.match(r"\[\s*[A-Za-z_][\w .-]*\(", text) and text.endswith((")]", ") ]")):
         return "[f(a=1)], as in ToolACE"
     if text.startswith(("{", "[")) and text.endswith(("}", "]")):
-        if any(word in text for word in ARGUMENT_WORDS):
+        if any(f'"{key}"' in text for key in FOREIGN_ARGUMENT_KEYS):
             return "bare JSON"
-    if any(f"{name}(" in text for name in names):
+    if any(re.search(rf"(?<![\w.]){re.escape(name)}\(", text) for name in names if name):
         return "f(a=1)"
+    found = [value if isinstance(value, list) else [value] for _, _, value in find_json(text)]
+    objects = [value for values in found for value in values if isinstance(value, dict)]
+    calls = [call for call in objects if not call.keys().isdisjoint(FOREIGN_ARGUMENT_KEYS)]
+    if any(call.get("name") in names for call in calls):
+        return "bare JSON"
     return None
 
 
 def find_call_blocks(text: str) -> list[str]:
     """Return the texts of all <tool_call> blocks; that of a block without a closing tag is ""."""
-    return re.findall("<tool_call>(?:(.*?)</tool_call>)?", text, re.DOTALL)
+    return re.findall("<tool_call>(?:(.*?)</tool_call>)?", drop_thoughts(text), re.DOTALL)
 
 
 def read_call_block(block: str) -> str:
@@ -1306,7 +1338,7 @@ def inspect_record(record: dict, notices: Counter) -> None:
             try:
                 name = read_call_block(block)
             except (TypeError, ValueError):
-                notices["noticed", "calls that cannot be read"] += 1
+                notices["noticed", UNREADABLE_CALLS] += 1
                 continue
             if name not in names and record["tools"] is not None:
                 notices["noticed", "calls to a tool that the row does not declare"] += 1
@@ -1465,7 +1497,7 @@ def describe_split(records: list[dict]) -> dict[str, int]:
     """Count the turns that carry loss in training and are queries in evaluation."""
     turns = [turn for record in records for turn in record["messages"]]
     said = [t["content"] for t in turns if t["role"] == "assistant" and t.get("train", True)]
-    num_calls = sum("<tool_call>" in text for text in said)
+    num_calls = sum("<tool_call>" in drop_thoughts(text) for text in said)
     return {
         "conversations": len(records),
         "declare_tools": sum(record["tools"] != "[]" for record in records),
@@ -1519,10 +1551,12 @@ def print_summary(info: dict, reports: list[Report], output_dir: Path) -> None:
             "which raises the scores. --drop-duplicates drops repeated conversations."
         )
     noticed = [reason for report in reports for reason in report.found["noticed"]]
-    if any(reason.startswith(FOREIGN_CALLS) for reason in noticed):
+    if any(reason.startswith((FOREIGN_CALLS, UNREADABLE_CALLS)) for reason in noticed):
         print(
             "warning: some turns make calls in an unsupported format. The model would learn that "
-            f"format, and the evaluation does not score it. Supported layouts: {LAYOUT_NAMES}."
+            "format, and the evaluation does not score it. Put the calls into the key "
+            '"tool_calls", or write each into the text as <tool_call>{"name": "f", "arguments": '
+            "{}}</tool_call>."
         )
     has_calls = any(info[name]["tool_call_turns"] for name in SPLIT_FILES)
     num_test_calls = info["test"]["tool_call_turns"]
@@ -1539,7 +1573,7 @@ def print_summary(info: dict, reports: list[Report], output_dir: Path) -> None:
         print(f"warning: {found}. The model would learn never to call a tool.")
     if UNREADABLE_TOOLS in noticed:
         print(
-            "warning: some tools cannot be read, so the prompts do not show them. A tool is an "
+            "warning: some tools cannot be read, and may be missing from the prompts. A tool is an "
             'object such as {"name": "get_weather", "parameters": {"type": "object"}}.'
         )
     if has_calls and not declares_tools:

@@ -203,7 +203,7 @@ def test_baseline_and_fine_tuned_are_scored_and_compared(evaluate, splits, tiny_
     results = evaluate()
     printed = capsys.readouterr().out
     assert f"with LoRA_{tiny_model.name}-function_calling, float32 on cpu\n" in printed
-    assert "on the 14 queries in both runs" in printed and "difference" in printed
+    assert "on the 14 queries that both runs answered" in printed and "difference" in printed
     assert {path.name for path in results.iterdir()} == {"baseline", "fine-tuned"}
     queries = evaluation.read_queries(splits / "function_calling_test.jsonl")
     stock = AutoTokenizer.from_pretrained(tiny_model)
@@ -240,7 +240,7 @@ def test_a_comparison_uses_only_the_queries_that_both_runs_answered(evaluate, ca
     assert "fine-tuned/, answers to 14 of the 14 queries\n" in printed
     *_, failures = re.findall(r"^Failures    (.*)", printed, re.MULTILINE)
     assert sum(map(int, re.findall(r"\d+", failures))) <= num_shared  # not those of all 14
-    assert f"on the {num_shared} queries in both runs\n" in printed
+    assert f"on the {num_shared} queries that both runs answered\n" in printed
     assert metrics["comparison"]["queries"] == num_shared
     n = limited["scores"]["function_calling"]["n"]
     assert metrics["difference"]["function_calling"]["n"] == n
@@ -250,7 +250,7 @@ def test_a_comparison_uses_only_the_queries_that_both_runs_answered(evaluate, ca
     path = results / "baseline" / "predictions.jsonl"
     path.write_text(path.read_text(encoding="utf-8").replace('"reference": "', '"reference": "x'))
     evaluate("--rescore")
-    assert "has no prediction for these queries" in capsys.readouterr().out
+    assert "has no answer to these queries" in capsys.readouterr().out
     assert "difference" not in read_metrics(results / "fine-tuned")
     assert not (results / "fine-tuned" / "comparison.png").exists()  # it showed the old predictions
     with pytest.raises(SystemExit, match="baseline contains no prediction for"):
@@ -322,6 +322,19 @@ def test_two_adapters_with_the_same_name_do_not_share_results(evaluate, finished
     evaluate("--limit", "1", *compare, "--name", "mine")
     difference = read_metrics(results / "mine")["difference"]
     assert difference["f1"]["value"] == 0  # both adapters have the same weights
+
+
+def test_other_weights_in_the_folder_of_the_model_are_noticed(evaluate, tiny_model, tmp_path):
+    """A merged model is replaced by the next one under the same name."""
+    model = tmp_path / "merged"
+    shutil.copytree(tiny_model, model)
+    flags = ["--model", str(model), "--baseline", "--limit", "1"]
+    evaluate(*flags)
+    weights = load_file(model / "model.safetensors")
+    save_file({name: x * 2 for name, x in weights.items()}, model / "model.safetensors")
+    for mode in ("--resume", "--rescore"):
+        with pytest.raises(SystemExit, match="the model has changed since"):
+            evaluate(*flags, mode)
 
 
 KILLED = """
@@ -418,24 +431,26 @@ def test_user_mistakes_print_one_line(tiny_model, splits, finished, tmp_path):
     assert not (tmp_path / "evaluation_results").exists()
 
 
+SCORED = "evaluation_results/gemma-3-1b-it/fine-tuned/predictions.jsonl"
 ADAPTER_RUN = "LoRA_gemma-3-1b-it-function_calling/training_run.json"
-NEXT_COMMANDS = [  # a file that exists, flags, the proposed command
-    (None, ["--baseline"], "function_calling_train.py"),
-    (ADAPTER_RUN, ["--baseline"], "evaluation.py"),
-    (ADAPTER_RUN, [], "evaluation.py --show-failures 10"),
+NEXT_COMMANDS = [  # files that exist, flags, the proposed command
+    ([], ["--baseline"], "function_calling_train.py"),
+    ([ADAPTER_RUN], ["--baseline"], "evaluation.py"),
+    ([ADAPTER_RUN, SCORED], ["--baseline"], "evaluation.py --rescore"),
+    ([ADAPTER_RUN], [], "evaluation.py --show-failures 10"),
     (
-        "merged/training_run.json",
+        ["merged/training_run.json"],
         ["--baseline", "--model", "merged"],
         "evaluation.py --baseline --model merged --show-failures 10",
     ),
 ]
 
 
-@pytest.mark.parametrize("file, flags, command", NEXT_COMMANDS)
-def test_the_next_command_fits_the_kind_of_model(file, flags, command, tmp_path, monkeypatch):
+@pytest.mark.parametrize("files, flags, command", NEXT_COMMANDS)
+def test_the_next_command_fits_the_kind_of_model(files, flags, command, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    if file:
-        (tmp_path / file).parent.mkdir()
+    for file in files:
+        (tmp_path / file).parent.mkdir(parents=True)
         (tmp_path / file).write_text("{}")
     args = evaluation.parse_args(flags)
     assert evaluation.next_command(args, flags) == f"python {command}"

@@ -54,6 +54,8 @@ READABLE = [
     (tagged("{'name': 'f', 'arguments': {'a': True, 'b': None}}"), [("f", {"a": True, "b": None})]),
     (tagged('{"name": "f", "arguments": "{\\"a\\": 1}"}'), [("f", {"a": 1})]),
     (tagged("{'name': 'f', 'arguments': {'a': (1, 2)}}"), [("f", {"a": [1, 2]})]),
+    (f"<think>{call('g')}\n<tool_call></think>\n" + call("f"), [("f", {})]),
+    (f"<think>I need {call('f')}</think>", []),
     ("Sure. " + call("f") + "\n" + call("g", x="it's"), [("f", {}), ("g", {"x": "it's"})]),
     (tagged('{"name": "f"}'), [("f", {})]),
     (tagged('{"name": "f", "arguments": null}'), [("f", {})]),
@@ -189,8 +191,8 @@ AGAINST_TOOLS = [
     (call("book", city="Oslo", nights=2), []),
     (call("fly", city="Oslo"), ["unknown function"]),
     (call("book", nights=2), ["required argument missing"]),
-    (call("book", city="Oslo", **{"class": "c"}), ["wrong type"]),
-    (call("book", pets=1, city=2), ["argument not declared", "wrong type"]),
+    (call("book", city="Oslo", **{"class": "c"}), ["wrong type or value"]),
+    (call("book", pets=1, city=2), ["argument not declared", "wrong type or value"]),
 ]
 
 
@@ -232,7 +234,7 @@ def test_dialects_of_json_schema_are_converted_to_the_standard(declared, right, 
     """The wrong values show that the schema is still checked. Nested objects accept any key."""
     schema = {"type": "dict", "properties": {"a": declared}, "required": None}
     assert problems_of(schema, a=right) == []
-    assert problems_of(schema, a=wrong) == ["wrong type"]
+    assert problems_of(schema, a=wrong) == ["wrong type or value"]
 
 
 CITY = {"city": {"type": "str"}, "nights": {"type": "integer"}}
@@ -246,6 +248,9 @@ DECLARATIONS = [
     {"function_declarations": [{"name": "g"}, {"name": "f", "parameters": AS_SCHEMA}]},
     {"functionDeclarations": [{"name": "f", "parameters": AS_SCHEMA}]},
     {"name": "f", "parameters": FLAT},
+    {"name": "f", "inputs": FLAT},
+    {"name": "f", "parameters": {"city": {**CITY["city"], "required": True}, "nights": "int"}},
+    {"name": "f", "parameters": {"city": "str", "nights": "int", "required": ["city"]}},
     {"name": "f", "parameters": {**CITY, "required": ["city"]}},
     {"name": "f", "parameters": {**CITY, "type": "object", "required": ["city"]}},
 ]
@@ -255,7 +260,7 @@ DECLARATIONS = [
 def test_a_schema_is_found_under_the_keys_of_anthropic_mcp_gemini_and_xlam(declaration):
     for arguments, problems in [
         ({"city": "Oslo", "nights": 2}, []),
-        ({"city": 1}, ["wrong type"]),
+        ({"city": 1}, ["wrong type or value"]),
         ({"nights": 2}, ["required argument missing"]),
         ({"city": "Oslo", "town": "Oslo"}, ["argument not declared"]),
     ]:
@@ -268,7 +273,7 @@ def test_flat_parameters_may_be_named_like_keywords_of_json_schema():
     flat = {name: {"type": "str"} for name in ("type", "title", "items", "format", "required")}
     tools = [{"name": "f", "parameters": flat}]
     assert judge("No.", call("f", type="a", items="b"), tools=tools)["problems"] == [[]]
-    assert judge("No.", call("f", type=1), tools=tools)["problems"] == [["wrong type"]]
+    assert judge("No.", call("f", type=1), tools=tools)["problems"] == [["wrong type or value"]]
 
 
 def judge_file(tmp_path, predictions, tools_of, seen_tools):
@@ -651,10 +656,21 @@ def test_a_second_prediction_for_a_query_is_refused(tmp_path):
         score_rows(tmp_path, [*ANSWERS, ANSWERS[0]])
 
 
-def test_failed_predictions_of_a_file_are_not_to_be_sent_again(tmp_path):
+def test_failed_predictions_of_a_file_are_wrong_and_not_to_be_sent_again(tmp_path):
+    """Part of an answer may have arrived."""
     rows = [{**ANSWERS[0], "finish_reason": "failed"}, *ANSWERS[1:]]
     with pytest.raises(SystemExit, match="1 queries failed .no answer. and count as wrong. The"):
         score_rows(tmp_path, rows)
+    metrics = read_metrics(tmp_path / "results" / SAMPLE_MODEL.name / "predictions-p")
+    assert metrics["scores"]["turn_right"]["value"] == 0  # without the failure, 1 / 2
+
+
+def test_special_tokens_in_the_text_of_an_output_do_not_count(tmp_path):
+    """Some programs decode them."""
+    metrics = read_metrics(score_rows(tmp_path, ANSWERS) / "predictions-p")
+    rows = [{**row, "output": f"<bos>{row['output']}<end_of_turn>\n"} for row in ANSWERS]
+    results = score_rows(tmp_path, rows, name="q.jsonl")
+    assert read_metrics(results / "predictions-q")["scores"] == metrics["scores"]
 
 
 @pytest.mark.parametrize(

@@ -100,14 +100,49 @@ def test_a_thought_is_written_once_before_the_text():
     assert said[1] == "<think>\nLook.\n</think>\n" + call(name="f", spelled="{}")
 
 
+DRAFTS = [
+    f"So: {call()} is right.",
+    "The call goes within <tool_call></tool_call> tags.",
+    "A <tool_call> is needed.",
+]
+
+
+@pytest.mark.parametrize("draft", DRAFTS)
+def test_a_call_in_a_thought_is_only_a_draft(draft):
+    """The real call must stay, and be judged."""
+    expected = f"<think>{draft}</think>\n{call()}"
+    messages = [
+        {**calls(tool_call()), "reasoning_content": draft},
+        calls(tool_call(), content=f"<think>{draft}</think>"),
+        {"role": "assistant", "content": expected},
+    ]
+    row = row_of(ASK, tools=[TOOL])
+    turn = {"from": "function_call", "value": f'<think>{draft}</think>\n{{"name": "depth"}}'}
+    for message in messages:
+        said, notices = convert({**row, "messages": [ASK, message]})
+        assert said[1] == expected and not notices
+        assert len(evaluation.parse_calls(said[1])) == 1
+    said, notices = convert({"conversations": [{"from": "human", "value": "Hi"}, turn]})
+    assert said[1] == f"<think>{draft}</think>\n" + call(spelled="{}")
+    assert texts(ASK, {**ANSWER, "reasoning_content": draft})[1].endswith("\n9 metres.")
+
+
 # ---- Tools
 
+DEPTH = TOOL["function"]
 TOOLS_ELSEWHERE = [
     row_of(ASK, ANSWER, available_tools=[TOOL]),
     row_of(ASK, ANSWER, functions=json.dumps([TOOL])),
     row_of(ASK, ANSWER, tools_json=json.dumps([TOOL])),
     row_of(ASK, ANSWER, tool_defs=[json.dumps(TOOL)]),
     row_of(ASK, ANSWER, chat_template_kwargs={"tools": [TOOL]}),
+    row_of(ASK, ANSWER, chat_template_kwargs={"xml_tools": [json.dumps(TOOL)]}),
+    row_of(ASK, ANSWER, tools=[{**TOOL, "function": json.dumps(DEPTH)}]),
+    row_of(
+        ASK,
+        ANSWER,
+        tools=[{**TOOL, "function": {**DEPTH, "parameters": json.dumps(DEPTH["parameters"])}}],
+    ),
     row_of({"role": "system", "content": "", "tools": [TOOL]}, ASK, ANSWER),
     row_of(ASK, ANSWER, tools=json.dumps(json.dumps([TOOL]))),
     row_of(ASK, ANSWER, tools={"tools": [TOOL]}),
@@ -123,6 +158,19 @@ def test_tools_are_found_in_all_places_that_datasets_use(row):
     record = prepare.convert_row(row, "\n\n", notices)
     assert json.loads(record["tools"]) == [TOOL] and not notices
     assert record["messages"][0]["content"] == SHOWN + "How deep is Ulm?"
+
+
+@pytest.mark.parametrize("written", [json.dumps(TOOL), json.dumps([TOOL, TOOL], indent=1)])
+def test_tools_written_as_json_in_the_system_text_are_found_and_stay_there(written):
+    """As in copies of Glaive's data in other layouts."""
+    system = f"You have access to the following functions. Use them if required -\n{written}"
+    user = {**ASK, "content": f"{ASK['content']} {json.dumps(make_tool('other', 'x'))}"}
+    row = row_of({"role": "system", "content": system}, user, calls(tool_call()))
+    notices = Counter()
+    record = prepare.convert_row(row, "\n\n", notices)
+    assert {tool["function"]["name"] for tool in json.loads(record["tools"])} == {"depth"}
+    assert record["messages"][0]["content"] == f"{system}\n\n{user['content']}"
+    assert not notices
 
 
 MENTIONS = [
@@ -316,6 +364,7 @@ FOREIGN = [
     ("<think>Hm.</think>\n[depth(port='Ulm')]", "ToolACE"),
     ("[depth(port='Ulm'), depth(port='Kiel')]", "ToolACE"),
     ('{"name": "depth", "arguments": {"port": "Ulm"}}', "bare JSON"),
+    ('I look.\n```json\n{"name": "depth", "arguments": {"port": "Ulm"}}\n```', "bare JSON"),
     ('<functioncall> {"name": "depth"}', "<functioncall>"),
     ('[TOOL_CALLS] [{"name": "depth"}]', "[TOOL_CALLS]"),
     ("<start_function_call>call:depth{}<end_function_call>", "<start_function_call>"),
@@ -330,15 +379,27 @@ def test_text_that_resembles_a_call_in_another_format_is_kept_and_counted(text, 
     assert reason.startswith("turns with calls in an unsupported format") and name in reason
 
 
-def test_an_answer_in_json_is_not_read_as_a_call():
-    said = {"role": "assistant", "content": '{"name": "Ulm", "depth": [9]} (see [1](x))'}
-    assert convert(row_of(ASK, said))[1] == {}
+ORDINARY = [
+    '{"name": "Ulm", "depth": [9]} (see [1](x))',
+    'It is {"name": "depth", "value": 9}.',
+    "Use sea.depth(port), or in_depth(port).",
+]
+
+
+@pytest.mark.parametrize("text", ORDINARY)
+def test_ordinary_text_is_not_read_as_a_call(text):
+    said = {"role": "assistant", "content": text}
+    assert convert(row_of(ASK, said, tools=[TOOL]))[1] == {}
 
 
 def test_calls_and_keys_that_are_null_are_ignored():
     empty = {"id": None, "type": None, "function": {"name": None, "arguments": None}}
     filled = {"function_call": {"name": None, "arguments": None}, "tool_calls": [empty]}
     assert texts(ASK, {**ANSWER, **filled})[1] == "9 metres."
+    for nothing in ("null", "None", "[]", "[null]", [None]):
+        for key in ("tool_calls", "function_call"):
+            assert texts(ASK, {**ANSWER, key: nothing})[1] == "9 metres."
+    assert texts(ASK, calls(tool_call(), None))[1] == call()
     custom = {**tool_call(), "custom": {"name": None, "input": None}}
     assert texts(ASK, calls(custom))[1] == call()
 
@@ -625,7 +686,7 @@ def test_a_raw_xlam_row_is_converted():
 
 NOT_READ = [
     ({"contents": [{"role": "user", "parts": [{"text": "Hi"}]}]}, 'Gemini\'s "contents"'),
-    (row_of({"role": "user", "parts": [{"text": "Hi"}]}), 'Gemini\'s "parts"'),
+    (row_of({"role": "user", "parts": [{"text": "Hi"}]}), '"parts" (Gemini, Vercel AI)'),
     (row_of(ASK, {**ANSWER, "content": [{"type": "tool_use", "name": "f"}]}), "Anthropic's"),
     (row_of({**ASK, "content": [{"type": "tool_result", "content": "9"}]}), "Anthropic's"),
     (row_of(ASK, {**ANSWER, "content": [{"toolUse": {"name": "f"}}]}), "Bedrock's"),

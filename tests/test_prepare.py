@@ -299,7 +299,7 @@ def test_tools_that_cannot_be_read_cause_a_warning(tmp_path, capsys):
     rows = [turns(HI, HELLO, tools=["get_weather"])] * 5
     run(write_rows(tmp_path / "rows.jsonl", rows), tmp_path / "out")
     printed = capsys.readouterr().out
-    assert "warning: some tools cannot be read, so the prompts do not show them" in printed
+    assert "warning: some tools cannot be read, and may be missing from the prompts" in printed
     assert "warning: tools are declared but no turn calls one" in printed
 
 
@@ -364,7 +364,8 @@ def test_the_summary_warns_if_tools_are_declared_but_never_called(tmp_path, caps
 def test_reading_calls_from_any_text_raises_no_exception(text):
     messages = [{"role": "assistant", "content": f"{text}<tool_call>{text}</tool_call>"}]
     prepare.inspect_record({"messages": messages, "tools": "[]"}, Counter())
-    prepare.collect_tools([text], f"<tools>{text}</tools>", Counter())
+    message = {"role": "system", "content": f"<tools>{text}</tools>"}
+    prepare.collect_tools([text], [message], Counter())
 
 
 def test_the_summary_warns_if_turns_call_tools_and_no_row_declares_any(tmp_path, capsys):

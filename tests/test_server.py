@@ -214,6 +214,39 @@ def test_a_failed_query_is_counted_named_and_retried_on_resume(ask):
     assert metrics["scores"]["turn_right"]["value"] == 1 and metrics["failures"] == {}
 
 
+def test_a_query_that_one_run_failed_to_answer_is_not_compared(ask):
+    """Otherwise an overloaded server would look like a bad model."""
+
+    def refuse(number):
+        def answer(asked, times):
+            return 400 if number in str(asked["messages"]) else echo(asked, times)
+
+        return ChatServer(answer).url
+
+    ask(refuse("3"), "--baseline", error="2 queries failed")
+    _, metrics = ask(ChatServer(echo).url)
+    assert metrics["comparison"]["queries"] == 10 and metrics["queries"] == 12
+    assert metrics["difference"]["turn_right"] == {"value": 0, "n": 5, "interval": [0, 0]}
+    _, metrics = ask(refuse("4"), "--overwrite", error="2 queries failed")
+    assert metrics["comparison"]["queries"] == 8
+    assert metrics["scores"]["turn_right"]["value"] == 5 / 6  # on its own, a failure is wrong
+
+
+def test_resuming_asks_new_queries_before_those_that_failed(ask, monkeypatch):
+    """Queries that always fail must not prevent the others from being asked."""
+    monkeypatch.setattr(evaluation, "MAX_FAILURES_IN_A_ROW", 3)
+
+    def answer(asked, times):
+        is_too_long = any(number in asked["messages"][0]["content"] for number in "12")
+        return 400 if is_too_long else echo(asked, times)
+
+    server = ChatServer(answer)
+    _, metrics = ask(server.url, "--limit", "3", "--concurrency", "1", error="queries failed")
+    assert metrics["queries"] < 12
+    _, metrics = ask(server.url, "--resume", "--concurrency", "1", error="queries failed")
+    assert metrics["queries"] - metrics["failures"]["failed"] == 8
+
+
 MESSAGES = [  # status and body of an error; the message that is printed
     (400, {"error": {"message": "Too long", "type": "x"}}, "HTTP status 400: Too long"),
     (400, {"object": "error", "message": "Too long", "code": 40303}, "HTTP status 400: Too long"),
@@ -333,6 +366,19 @@ def test_an_api_key_that_is_not_valid_in_a_header_prints_one_line_without_the_ke
     with pytest.raises(SystemExit) as end:
         asyncio.run(evaluation.ask_server([], args, print))
     assert end.value.code.startswith("error: OPENAI_API_KEY") and "sk-" not in end.value.code
+
+
+def test_a_run_that_is_interrupted_before_the_first_answer_is_not_to_be_resumed(ask, monkeypatch):
+    """--resume would report the results that --overwrite was meant to replace."""
+    earlier = ask(ChatServer(echo).url)
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluation, "ask_server", interrupt)
+        words = "^interrupted before the first answer: run the same command again$"
+        assert ask("http://127.0.0.1:9", "--overwrite", error=words) == earlier
 
 
 def test_the_next_command_after_a_named_baseline_shows_its_failures(tmp_path, monkeypatch):

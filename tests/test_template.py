@@ -86,6 +86,7 @@ FGF = {**TWO, "tool_calls": [{"id": x, "function": {**OBJECT, "name": x}} for x 
 IN_TEXT = [
     f"<tool_call>\n{json.dumps(call['function'])}\n</tool_call>" for call in FGF["tool_calls"]
 ]
+NO_IDS = {**TWO, "tool_calls": [{**call, "id": ""} for call in TWO["tool_calls"]]}
 FGF_IN_TEXT = {**FGF, "content": "".join(IN_TEXT)}
 LONGER = {"role": "system", "content": "<tools> get_weather_map, f-1 </tools>"}
 MENTION = {"role": "system", "content": "Within <tools></tools>, or <tools> and </tools>."}
@@ -103,6 +104,10 @@ CONVERSATIONS = [
     [HI, FGF_IN_TEXT, *[{**result(x), "tool_call_id": id} for x, id in ("2g", "1f", "3f")], HELLO],
     [HI, FGF, *[{**result(x), "tool_call_id": id} for x, id in ("3g", "1f", "2f", "4f")], HELLO],
     [HI, {**HELLO, "content": "<think>So.</think> A. B", "reasoning": "A.", "thinking": "So."}],
+    [HI, {**model(None, OBJECT), "reasoning": f"So {IN_TEXT[0]}."}, result("1"), HELLO],
+    [HI, {**model(f"<think>{IN_TEXT[0]}</think>Now.", OBJECT), **LOOK}, result("1"), HELLO],
+    [HI, model(f"<think>So {IN_TEXT[0]}", {**OBJECT, "name": "f"}), result("1"), HELLO],
+    [HI, NO_IDS, *[{**result(x), "tool_call_id": "", "name": x} for x in ("fb", "f7")], HELLO],
     [LONGER, HI, HELLO],
     [HI, {"role": "assistant", "content": "So", "function_call": OBJECT}, HI, HELLO],
     [HI, TWO, {"role": "function", "name": "get_weather", "content": "1"}, HELLO],
