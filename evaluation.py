@@ -294,7 +294,7 @@ def hash_file(path: Path) -> str:
 
 
 def hash_weights(model_dir: Path) -> str:
-    """One sha256 of all weights of a local model: the name of its folder does not identify it."""
+    """One sha256 of all weights of a local model: its folder's name does not identify them."""
     digest = hashlib.sha256()
     for path in sorted(model_dir.glob("*.safetensors")):
         with path.open("rb") as file:
@@ -1125,7 +1125,7 @@ def check_same_run(run: dict, results_dir: Path) -> None:
         now = run.get(shown or key)
         if isinstance(now, bool):
             changes.append(f"it was made {'with' if before else 'without'} {name}")
-        elif before == now or key == "prompt_sha256":
+        elif before == now or key in ("prompt_sha256", "weights_sha256"):
             changes.append(f"the {name} has changed since")
         else:
             changes.append(f"{name} was {before}, not {now}")
@@ -1347,12 +1347,17 @@ def read_call(text: str) -> dict:
     return {"name": name, "arguments": arguments, "text": json.dumps(arguments, sort_keys=True)}
 
 
+CALL_OR_THOUGHT = re.compile(
+    "(<tool_call>(?:(?!<tool_call>).)*?</tool_call>)|<think>(?:(?!<think>).)*?</think>", re.DOTALL
+)
+
+
 def parse_calls(text: str) -> list[dict] | None:
     """Return the calls of a turn, or None if one of them is malformed.
 
     A call inside a thought is only a draft.
     """
-    text = re.sub("<think>.*?</think>", "", text, flags=re.DOTALL)
+    text = CALL_OR_THOUGHT.sub(lambda match: match[1] or "", text)
     tags = re.findall("</?tool_call>", text)
     if tags != ["<tool_call>", "</tool_call>"] * (len(tags) // 2):
         return None
@@ -1397,7 +1402,7 @@ def read_parameters(function: dict) -> Any:
     for name, value in schema.items():
         if isinstance(value, dict):
             flat[name] = value
-        elif name not in known and read_type(value) in JSON_TYPES:
+        elif read_type(value) in JSON_TYPES:
             flat[name] = read_schema({"type": value})
     others = {name: value for name, value in schema.items() if name not in flat}
     if not flat or OBJECT_KEYWORDS & set(flat) or not known.issuperset(others):
@@ -2014,7 +2019,7 @@ def print_comparison(comparison: Comparison | None) -> None:
         print(f"No comparison with {comparison.folder}/, because these differ:")
         print(textwrap.indent("\n".join(comparison.conditions), "            "))
     elif not comparison.ours:
-        print(f"No comparison with {comparison.folder}/: it has no answer to these queries")
+        print(f"No comparison with {comparison.folder}/: no query was answered by both runs")
     else:
         num_shared = len(comparison.ours)
         print(
@@ -2156,9 +2161,9 @@ def run(args: argparse.Namespace, argv: list[str]) -> None:
         advice = " Use --resume to send all of these again." if args.server else ""
         first = failed[0]
         fail(
-            f"{len(failed)} queries failed (no answer) and count as wrong.{missing}{advice} The "
-            f"first failure is conversation {first['conversation_id']}, turn {first['turn']}: "
-            f"{first.get('error')}"
+            f"{len(failed)} queries failed (no answer). They count as wrong, but are left out of "
+            f"comparisons.{missing}{advice} The first is conversation {first['conversation_id']}, "
+            f"turn {first['turn']}: {first.get('error')}"
         )
     if num_missing and args.predictions:
         print(f"warning: {num_missing:,} queries have no prediction and are not in these scores.")
@@ -2187,8 +2192,8 @@ def main(argv: list[str] | None = None) -> None:
         advice = ""
         if is_out_of_memory(error):
             advice = (
-                ". Free some memory and use --resume, or use --overwrite with a smaller "
-                "--max-new-tokens."
+                ". Free some memory and run the same command again, with --resume if any answer "
+                "was saved. Or use --overwrite with a smaller --max-new-tokens."
             )
         fail(f"{describe_error(error)}{advice}")
 

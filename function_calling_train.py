@@ -1410,7 +1410,8 @@ options = {{"add_generation_prompt": True, "return_dict": True, "return_tensors"
 inputs = tokenizer.apply_chat_template(messages, tools=tools, **options)
 tokens = model.generate(**inputs, generation_config=stops, max_new_tokens=256, do_sample=False)
 answer = tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-calls = [json.loads(c) for c in re.findall("<tool_call>(.*?)</tool_call>", answer, re.DOTALL)]
+spoken = answer.split("</think>")[-1]  # without thoughts, which may contain drafts of calls
+calls = [json.loads(c) for c in re.findall("<tool_call>(.*?)</tool_call>", spoken, re.DOTALL)]
 print(calls or answer)
 ```
 

@@ -480,7 +480,14 @@ def report_unread(mapping: dict, place: str, notices: Counter) -> None:
 # ---- Tools
 
 UNREADABLE_TOOLS = "tools that cannot be read"
-SCHEMA_KEYS = ["parameters", "input_schema", "inputSchema"]
+SCHEMA_KEYS = [  # as in evaluation.py
+    "parameters",
+    "input_schema",
+    "inputSchema",
+    "parametersJsonSchema",
+    "parameters_json_schema",
+    "inputs",
+]
 
 # Where datasets keep a row's tools.
 TOOL_KEYS = [
@@ -527,7 +534,8 @@ def read_tool(tool: dict) -> dict:
     for key, value in tool.items():
         is_json = isinstance(value, str) and value.lstrip().startswith("{")
         if is_json and key in ("function", *SCHEMA_KEYS):
-            value = parse_nested(value)
+            with contextlib.suppress(ValueError, RecursionError):
+                value = parse_nested(value)
         parts[key] = read_tool(value) if key == "function" and isinstance(value, dict) else value
     return parts
 
@@ -545,6 +553,10 @@ def get_names(tool: dict) -> list[str | None]:
         name = declaration.get("name") if isinstance(declaration, dict) else None
         names.append(name if isinstance(name, str) and name else None)
     return names
+
+
+def has_schema(tool: dict) -> bool:
+    return any(key in item for item in get_declarations(tool) for key in SCHEMA_KEYS)
 
 
 def find_tool_blocks(prompt: str) -> list[str]:
@@ -599,7 +611,9 @@ def collect_tools(
         tools, num_unreadable_shown = read_declarations(shown)
         num_unreadable += num_unreadable_shown
     if not tools and not num_unreadable:
-        tools = split_glaive_system(get_system_text(messages))[1]
+        _, written = split_glaive_system(get_system_text(messages))
+        # A description alone, which is enough in Glaive's own layout, could be anything here.
+        tools = written if any(map(has_schema, written)) else []
     num_nameless = sum(None in get_names(tool) for tool in tools)
     if num_unreadable or num_nameless:
         notices["noticed", UNREADABLE_TOOLS] += num_unreadable + num_nameless
@@ -878,9 +892,14 @@ def read_assistant_message(message: dict, is_call_turn: bool, notices: Counter) 
     return {"content": text, "tool_calls": tool_calls}
 
 
+CALL_OR_THOUGHT = re.compile(
+    "(<tool_call>(?:(?!<tool_call>).)*?</tool_call>)|<think>(?:(?!<think>).)*?</think>", re.DOTALL
+)
+
+
 def drop_thoughts(text: str) -> str:
     """Leave out the <think> blocks of a text: a call inside a thought is only a draft."""
-    return re.sub("<think>.*?</think>", "", text, flags=re.DOTALL)
+    return CALL_OR_THOUGHT.sub(lambda match: match[1] or "", text)
 
 
 def contains_calls(text: str) -> bool:
@@ -1020,8 +1039,7 @@ def split_glaive_system(text: str) -> tuple[str, list[dict]]:
 def are_tools(values: list[dict]) -> bool:
     if any(None in get_names(value) for value in values):
         return False
-    keys = [key for value in values for item in get_declarations(value) for key in item]
-    return not {"description", *SCHEMA_KEYS}.isdisjoint(keys)
+    return any(has_schema(value) or "description" in value for value in values)
 
 
 def read_glaive_call(text: str) -> dict:
@@ -1139,7 +1157,8 @@ def order_results(results: list[dict], calls: list[dict], notices: Counter) -> l
                 placed.append((free.pop(0) if len(free) > 1 else free[0], result))
             return [result for _, result in sorted(placed, key=lambda pair: pair[0])]
     ids = {str(call["id"]) for call in calls}
-    given = [result["tool_call_id"] for result in results if result["tool_call_id"] is not None]
+    given = [result["tool_call_id"] for result in results]
+    given = [result_id for result_id in given if result_id not in (None, "")]
     if num_lost := sum(str(result_id) not in ids for result_id in given):
         notices["noticed", "results whose tool_call_id matches no call"] += num_lost
     return results
@@ -1301,7 +1320,7 @@ def find_foreign_call(text: str, names: set[str]) -> str | None:
     found = [value if isinstance(value, list) else [value] for _, _, value in find_json(text)]
     objects = [value for values in found for value in values if isinstance(value, dict)]
     calls = [call for call in objects if not call.keys().isdisjoint(FOREIGN_ARGUMENT_KEYS)]
-    if any(call.get("name") in names for call in calls):
+    if any(isinstance(call.get("name"), str) and call["name"] in names for call in calls):
         return "bare JSON"
     return None
 
@@ -1553,10 +1572,10 @@ def print_summary(info: dict, reports: list[Report], output_dir: Path) -> None:
     noticed = [reason for report in reports for reason in report.found["noticed"]]
     if any(reason.startswith((FOREIGN_CALLS, UNREADABLE_CALLS)) for reason in noticed):
         print(
-            "warning: some turns make calls in an unsupported format. The model would learn that "
-            "format, and the evaluation does not score it. Put the calls into the key "
-            '"tool_calls", or write each into the text as <tool_call>{"name": "f", "arguments": '
-            "{}}</tool_call>."
+            "warning: some calls cannot be read or have an unsupported format. The model would "
+            "learn to write them that way, and the evaluation would not score them. Put the calls "
+            'into the key "tool_calls", or write each into the text as <tool_call>{"name": "f", '
+            '"arguments": {}}</tool_call>.'
         )
     has_calls = any(info[name]["tool_call_turns"] for name in SPLIT_FILES)
     num_test_calls = info["test"]["tool_call_turns"]

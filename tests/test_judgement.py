@@ -56,6 +56,7 @@ READABLE = [
     (tagged("{'name': 'f', 'arguments': {'a': (1, 2)}}"), [("f", {"a": [1, 2]})]),
     (f"<think>{call('g')}\n<tool_call></think>\n" + call("f"), [("f", {})]),
     (f"<think>I need {call('f')}</think>", []),
+    (call("f", a="<think>b</think>"), [("f", {"a": "<think>b</think>"})]),
     ("Sure. " + call("f") + "\n" + call("g", x="it's"), [("f", {}), ("g", {"x": "it's"})]),
     (tagged('{"name": "f"}'), [("f", {})]),
     (tagged('{"name": "f", "arguments": null}'), [("f", {})]),
@@ -99,7 +100,8 @@ def test_arguments_nested_to_any_depth_are_judged(depth):
         assert verdict["failure"] == "wrong_arguments" or depth > 50
 
 
-PIECES = "<tool_call>|<tool_call></tool_call>|[|{'a':|<|-|1+|<tool_call>{|not |x.|f(|lambda:|9|\\"
+PIECES = "<think>|<think></think>|<tool_call>|<tool_call></tool_call>|<tool_call>{|[|{'a':|<|-|1+"
+PIECES += "|not |x.|f(|lambda:|9|\\"
 
 
 @pytest.mark.parametrize("piece", PIECES.split("|"))
@@ -274,6 +276,8 @@ def test_flat_parameters_may_be_named_like_keywords_of_json_schema():
     tools = [{"name": "f", "parameters": flat}]
     assert judge("No.", call("f", type="a", items="b"), tools=tools)["problems"] == [[]]
     assert judge("No.", call("f", type=1), tools=tools)["problems"] == [["wrong type or value"]]
+    tools = [{"name": "f", "parameters": {"title": "str", "description": "str"}}]
+    assert judge("No.", call("f", title="a", description="b"), tools=tools)["problems"] == [[]]
 
 
 def judge_file(tmp_path, predictions, tools_of, seen_tools):
@@ -659,7 +663,7 @@ def test_a_second_prediction_for_a_query_is_refused(tmp_path):
 def test_failed_predictions_of_a_file_are_wrong_and_not_to_be_sent_again(tmp_path):
     """Part of an answer may have arrived."""
     rows = [{**ANSWERS[0], "finish_reason": "failed"}, *ANSWERS[1:]]
-    with pytest.raises(SystemExit, match="1 queries failed .no answer. and count as wrong. The"):
+    with pytest.raises(SystemExit, match="1 queries failed .no answer.. They count as wrong.* The"):
         score_rows(tmp_path, rows)
     metrics = read_metrics(tmp_path / "results" / SAMPLE_MODEL.name / "predictions-p")
     assert metrics["scores"]["turn_right"]["value"] == 0  # without the failure, 1 / 2

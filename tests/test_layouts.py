@@ -173,6 +173,18 @@ def test_tools_written_as_json_in_the_system_text_are_found_and_stay_there(writt
     assert not notices
 
 
+def test_a_json_example_in_the_system_text_is_not_a_tool():
+    example = 'Answer in JSON such as {"name": "Ulm", "description": "A city"}.'
+    record = prepare.convert_row(row_of({"role": "system", "content": example}, ASK, ANSWER))
+    assert record["tools"] == "[]"
+
+
+def test_parameters_as_text_that_cannot_be_read_hide_no_tool():
+    odd = {"name": "f", "parameters": "{port: string}"}
+    record = prepare.convert_row(row_of(ASK, ANSWER, tools=[odd, TOOL]))
+    assert json.loads(record["tools"]) == [odd, TOOL]
+
+
 MENTIONS = [
     "Signatures stand within <tools></tools> tags.",
     "They are between <tools> and </tools>.",
@@ -383,6 +395,7 @@ ORDINARY = [
     '{"name": "Ulm", "depth": [9]} (see [1](x))',
     'It is {"name": "depth", "value": 9}.',
     "Use sea.depth(port), or in_depth(port).",
+    'It is {"name": {"first": "Ulm"}, "input": 1}.',
 ]
 
 

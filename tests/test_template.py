@@ -107,6 +107,7 @@ CONVERSATIONS = [
     [HI, {**model(None, OBJECT), "reasoning": f"So {IN_TEXT[0]}."}, result("1"), HELLO],
     [HI, {**model(f"<think>{IN_TEXT[0]}</think>Now.", OBJECT), **LOOK}, result("1"), HELLO],
     [HI, model(f"<think>So {IN_TEXT[0]}", {**OBJECT, "name": "f"}), result("1"), HELLO],
+    [HI, model(f"<think>{IN_TEXT[0]}<think>b</think>", {**OBJECT, "name": "f"}), result("1")],
     [HI, NO_IDS, *[{**result(x), "tool_call_id": "", "name": x} for x in ("fb", "f7")], HELLO],
     [LONGER, HI, HELLO],
     [HI, {"role": "assistant", "content": "So", "function_call": OBJECT}, HI, HELLO],
