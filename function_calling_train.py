@@ -515,7 +515,7 @@ def add_hardware_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--activation-checkpointing",
         action=argparse.BooleanOptionalAction,
-        help="Recompute activations in the backward pass to save memory (default: only when the "
+        help="Recompute activations in the backward pass to save memory (default: only when a CUDA "
         "GPU is too small to keep them for the longest batch).",
     )
     group.add_argument(
@@ -962,7 +962,7 @@ def make_config(
         bf16=is_bf16,
         per_device_train_batch_size=batch_size,
         gradient_accumulation_steps=num_accumulated,
-        per_device_eval_batch_size=CUDA_VALIDATION_BATCH if device == "cuda" else 1,
+        per_device_eval_batch_size=choose_validation_batch(args, device),
         activation_checkpointing=checkpointing,
         ddp_find_unused_parameters=False,
         # Checkpoints
@@ -980,8 +980,9 @@ def make_config(
     )
 
 
-# Conversations that are validated at once on CUDA, where one at a time would leave the GPU idle
-CUDA_VALIDATION_BATCH = 8
+def choose_validation_batch(args: argparse.Namespace, device: str) -> int:
+    """The conversations to validate at once: on CUDA, one at a time would leave the GPU idle."""
+    return min(8, args.batch_size or 8) if device == "cuda" else 1
 
 
 def make_callbacks() -> list:
@@ -1014,7 +1015,7 @@ def build_trainer(
     num_processes = int(os.environ.get("WORLD_SIZE", 1))
     num_per_process = args.conversations_per_step // num_processes
     batch_size = args.batch_size or (max(1, num_per_process) if device == "cuda" else 1)
-    if not num_per_process or args.conversations_per_step % (batch_size * num_processes):
+    if args.conversations_per_step % (batch_size * num_processes):
         fail(
             f"--conversations-per-step {args.conversations_per_step} is not divisible by "
             f"{batch_size * num_processes} (--batch-size {batch_size} × "
@@ -1669,8 +1670,13 @@ def exit_on_error() -> Iterator[None]:
         if re.search(MEMORY_ERRORS, text):
             fail(
                 f"memory ran out ({textwrap.shorten(text, 150)}). Run the same command with "
-                "--resume --batch-size 1 --activation-checkpointing. If that is not enough, start "
-                "over with --overwrite and a smaller --max-length."
+                "--resume (instead of --overwrite) --batch-size 1 --activation-checkpointing. If "
+                "that is not enough, start over with --overwrite and a smaller --max-length."
+            )
+        if "no kernel image" in text:
+            fail(
+                "the installed PyTorch does not support this GPU. A build for CUDA 12.6 may: `pip "
+                "install torch==2.13.0 --index-url https://download.pytorch.org/whl/cu126`."
             )
         if "inline_container" in text:  # torch.save
             fail("a checkpoint cannot be written. Free some disk space and continue with --resume.")

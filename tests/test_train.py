@@ -335,6 +335,7 @@ FAILURES = [
     (torch.OutOfMemoryError(FULL), ["memory ran out", *MEMORY_ADVICE]),
     (RuntimeError(CUBLAS), ["memory ran out", *MEMORY_ADVICE]),
     (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), MEMORY_ADVICE),
+    (RuntimeError("CUDA error: no kernel image is available for execution"), ["GPU", "cu126"]),
     # Triton raises these errors without a compiler and without Python.h.
     (RuntimeError("Failed to find C compiler. Please specify via CC environment"), COMPILER),
     (subprocess.CalledProcessError(1, COMPILE), COMPILER),
@@ -828,6 +829,8 @@ def test_on_cuda_a_step_is_one_batch_and_trl_computes_the_loss(build_on_cuda):
     assert trainer.args.per_device_train_batch_size == 4
     assert trainer.args.gradient_accumulation_steps == 1
     assert trainer.args.per_device_eval_batch_size == 8
+    small = train.parse_args(["--batch-size", "1"])  # the advice if memory runs out
+    assert train.choose_validation_batch(small, "cuda") == 1
     assert not isinstance(trainer, train.LabelledTrainer)
     assert not torch.backends.cuda.cudnn_sdp_enabled()
     lora = [weight for weight in trainer.model.parameters() if weight.requires_grad]
