@@ -250,7 +250,7 @@ def test_a_comparison_uses_only_the_queries_that_both_runs_answered(evaluate, ca
     path = results / "baseline" / "predictions.jsonl"
     path.write_text(path.read_text(encoding="utf-8").replace('"reference": "', '"reference": "x'))
     evaluate("--rescore")
-    assert "has no answer to these queries" in capsys.readouterr().out
+    assert "no query was answered by both runs" in capsys.readouterr().out
     assert "difference" not in read_metrics(results / "fine-tuned")
     assert not (results / "fine-tuned" / "comparison.png").exists()  # it showed the old predictions
     with pytest.raises(SystemExit, match="baseline contains no prediction for"):
