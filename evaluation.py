@@ -294,7 +294,7 @@ def hash_file(path: Path) -> str:
 
 
 def hash_weights(model_dir: Path) -> str:
-    """One sha256 of all weights of a local model: its folder's name does not identify them."""
+    """One sha256 of all weights of a local model: the name of its folder does not identify it."""
     digest = hashlib.sha256()
     for path in sorted(model_dir.glob("*.safetensors")):
         with path.open("rb") as file:
@@ -2192,8 +2192,8 @@ def main(argv: list[str] | None = None) -> None:
         advice = ""
         if is_out_of_memory(error):
             advice = (
-                ". Free some memory and run the same command again, with --resume if any answer "
-                "was saved. Or use --overwrite with a smaller --max-new-tokens."
+                ". Free some memory and run the same command again, with --resume if it finds "
+                "predictions. Or use --overwrite with a smaller --max-new-tokens."
             )
         fail(f"{describe_error(error)}{advice}")
 

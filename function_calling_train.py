@@ -1675,8 +1675,9 @@ def exit_on_error() -> Iterator[None]:
             )
         if "no kernel image" in text:
             fail(
-                "the installed PyTorch does not support this GPU. A build for CUDA 12.6 may: `pip "
-                "install torch==2.13.0 --index-url https://download.pytorch.org/whl/cu126`."
+                "the installed PyTorch does not support this GPU. The build for CUDA 12.6 supports "
+                "older ones: `pip install torch==2.13.0 --index-url "
+                "https://download.pytorch.org/whl/cu126`."
             )
         if "inline_container" in text:  # torch.save
             fail("a checkpoint cannot be written. Free some disk space and continue with --resume.")

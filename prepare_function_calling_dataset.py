@@ -1573,7 +1573,7 @@ def print_summary(info: dict, reports: list[Report], output_dir: Path) -> None:
     if any(reason.startswith((FOREIGN_CALLS, UNREADABLE_CALLS)) for reason in noticed):
         print(
             "warning: some calls cannot be read or have an unsupported format. The model would "
-            "learn to write them that way, and the evaluation would not score them. Put the calls "
+            "learn to write calls that way, and the evaluation would not count them. Put the calls "
             'into the key "tool_calls", or write each into the text as <tool_call>{"name": "f", '
             '"arguments": {}}</tool_call>.'
         )
