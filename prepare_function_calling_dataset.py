@@ -728,7 +728,10 @@ def take_arguments(function: dict, call: dict) -> Any:
 
 
 def read_calls(value: Any, notices: Counter) -> list[dict]:
-    """Return the calls of a list, of a single call, or of JSON text of either."""
+    """Return the calls of a list, of a single call, or of JSON text of either.
+
+    Empty calls are left out: Arrow fills in the keys of a call where there is none.
+    """
     calls = parse_sequence(value) if isinstance(value, str) else value
     if isinstance(calls, list) and len(calls) == 1 and isinstance(calls[0], list):
         calls = calls[0]
@@ -875,13 +878,10 @@ def read_assistant_message(message: dict, is_call_turn: bool, notices: Counter) 
         content, calls = split_call_turn(content)
     text, thoughts = read_text(content, notices)
     text = write_thoughts(take_thoughts(message) + thoughts, text)
-    tool_calls = read_calls(calls, notices) if has_content(calls) else []
+    tool_calls = read_calls(calls, notices)
     for key in ("tool_calls", "function_call"):
-        more = message.pop(key, None)
-        if not has_content(more):  # also where Arrow filled in all keys of a call
-            continue
-        more = read_calls(more, notices)
-        if not more:  # "[]" or "null" as text
+        more = read_calls(message.pop(key, None), notices)
+        if not more:
             continue
         if not tool_calls:
             tool_calls = more
